@@ -1,0 +1,9 @@
+from .data_diet import ForgettingTracker as ForgettingTracker
+from .data_diet import PrunedSampler as PrunedSampler
+from .data_diet import average_scores as average_scores
+from .data_diet import el2n_scores as el2n_scores
+from .data_diet import grand_scores as grand_scores
+from .data_diet import prune_indices as prune_indices
+from .decoupled_mixup import DecoupledMixup as DecoupledMixup
+from .decoupled_mixup import DecoupledMixupLoss as DecoupledMixupLoss
+from .decoupled_mixup import TwoHotMixupBCELoss as TwoHotMixupBCELoss
