@@ -19,7 +19,7 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from typing import Protocol
 
-from fairtrial.contract import BadInput, Diverged, Outcome, Pruned, Task
+from fairtrial.contract import BadInput, Costs, Diverged, Outcome, Pruned, Task
 from fairtrial.trial.recipe import Run
 
 Loader = Callable[[str], Task]
@@ -32,9 +32,9 @@ class Pruner(Protocol):
     def hopeless(self, curve: Sequence[tuple[int, float]]) -> bool: ...
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Job:
-    """A run to be carried out, and what may stop it early."""
+    """A run to be carried out, and what may stop it early; each job is its own, equal to no other."""
 
     run: Run
     pruner: Pruner | None = None
@@ -43,36 +43,56 @@ class Job:
 class Watch:
     """The progress that a task is given: keeps the curve, and stops a hopeless run."""
 
-    def __init__(self, pruner: Pruner | None) -> None:
+    def __init__(self, pruner: Pruner | None, worst: float) -> None:
         self.curve: list[tuple[int, float]] = []
         self.pruner = pruner
+        self.worst = worst
 
     def __call__(self, step: int, total: int, value: float) -> None:
-        self.curve.append((int(step), float(value)))
+        if step < 0:
+            raise ValueError(f"step must be at least 0, got {step}")
+        self.curve.append((int(step), float(value) if math.isfinite(value) else self.worst))
         if self.pruner is not None and self.pruner.hopeless(self.curve):
             raise Pruned
 
 
 def carry_out(task: Task, job: Job) -> Outcome:
     """Run a job to its end, whatever that is: nothing a task does wrong comes out as an exception."""
-    watch = Watch(job.pruner)
     started = time.perf_counter()
     worst = task.metric.worst
+    watch = Watch(job.pruner, worst)
     try:
         with _one_thread(), contextlib.redirect_stdout(sys.stderr):
             outcome = task.run(job.run.recipe.choices, job.run.seed, split=job.run.split, progress=watch)
         if not isinstance(outcome, Outcome):
             raise TypeError(f"the task's run must return an Outcome, got {type(outcome).__name__}")
-        if not math.isfinite(outcome.value):
+        outcome = _in_plain_numbers(outcome)
+        if outcome.failed:
+            outcome = replace(outcome, value=worst)
+        elif not math.isfinite(outcome.value):
             outcome = replace(outcome, value=worst, ended="diverged", error=f"the task measured {outcome.value}")
     except Pruned:
-        outcome = Outcome(watch.curve[-1][1], "pruned")
+        outcome = Outcome(watch.curve[-1][1] if watch.curve else worst, "pruned")
     except Diverged as error:
         outcome = Outcome(worst, "diverged", error=str(error))
-    except Exception:
+    except (Exception, SystemExit):
         outcome = Outcome(worst, "died", error=traceback.format_exc())
-    curve = [(step, value if math.isfinite(value) else worst) for step, value in watch.curve]
-    return replace(outcome, curve=curve, seconds=time.perf_counter() - started)
+    return replace(outcome, curve=watch.curve, seconds=time.perf_counter() - started)
+
+
+def _in_plain_numbers(outcome: Outcome) -> Outcome:
+    """Tasks also measure in NumPy's numbers and torch's; a store and other processes get Python's."""
+    costs = outcome.costs
+    counts = (costs.peak_memory, costs.optimizer_state_bytes, costs.trainable_parameters)
+    return replace(
+        outcome,
+        value=float(outcome.value),
+        metrics={str(name): float(value) for name, value in outcome.metrics.items()},
+        costs=Costs(
+            None if costs.step_time is None else float(costs.step_time),
+            *(None if count is None else int(count) for count in counts),
+        ),
+    )
 
 
 @contextlib.contextmanager
@@ -165,7 +185,7 @@ class Local:
         self.size = workers
         self.workers: list[Worker] = []
         self.waiting: deque[Job] = deque()
-        self.attempts: dict[int, int] = {}
+        self.attempts: dict[Job, int] = {}
 
     def __enter__(self) -> "Local":
         return self
@@ -209,7 +229,7 @@ class Local:
                         return job, lost
                     continue
                 worker.job = None
-                self.attempts.pop(id(job), None)
+                self.attempts.pop(job, None)
                 self._hand_out()
                 return job, outcome
 
@@ -221,11 +241,11 @@ class Local:
         worker.stop()
         job = worker.job
         assert job is not None
-        tried = self.attempts[id(job)] = self.attempts.get(id(job), 0) + 1
+        tried = self.attempts[job] = self.attempts.get(job, 0) + 1
         if tried < ATTEMPTS:
             self.waiting.appendleft(job)
             return None
-        del self.attempts[id(job)]
+        del self.attempts[job]
         how = f"by signal {-code}" if code is not None and code < 0 else f"with exit code {code}"
         worst = self.load(job.run.recipe.task).metric.worst
         return Outcome(worst, "died", error=f"its worker process ended {how}, {ATTEMPTS} times")

@@ -10,20 +10,23 @@ LIBRARY = __package__.partition(".")[0]
 ROOT = Path(__file__).parents[1]  # the library's folder
 
 
-def fingerprint(modules: Iterable[str]) -> str:
+def fingerprint(modules: Iterable[str], *, without: Iterable[str] = ()) -> str:
     """Hash of the named modules and of all of this library's modules that they import, directly or not.
 
     Comments, layout and docstrings do not count. A name that ends in '.py' is a file outside the library; what it
     imports from its own folder counts too. Other libraries do not count: their versions are stored with each run.
+    Modules named in `without`, and what only they import, are left out.
     """
     digests: dict[Path, str] = {}
-    waiting = [(Path(name).resolve() if name.endswith(".py") else _file_of(name)) for name in set(modules)]
+    left_out = {_file_of(name) for name in without}
+    named = [(Path(name).resolve() if name.endswith(".py") else _file_of(name)) for name in set(modules)]
+    waiting = [(path, path.parent) for path in named if path]
     while waiting:
-        path = waiting.pop()
-        if path is None or path in digests:
+        path, home = waiting.pop()
+        if path in digests or path in left_out:
             continue
-        digests[path], imported = _read(path, path.stat().st_mtime_ns)
-        waiting += imported
+        digests[path], imported = _read(path, home, path.stat().st_mtime_ns)
+        waiting += [(found, home) for found in imported]
     content = "\n".join(sorted(f"{path.name} {digest}" for path, digest in digests.items()))
     return hashlib.sha256(content.encode()).hexdigest()[:16]
 
@@ -31,7 +34,20 @@ def fingerprint(modules: Iterable[str]) -> str:
 def _file_of(module: str) -> Path | None:
     """The file of one of this library's modules."""
     first, *rest = module.split(".")
-    return _module_in(ROOT, rest) if first == LIBRARY else None
+    if first != LIBRARY:
+        return None
+    return _module_in(ROOT, rest) or _exporting(ROOT.joinpath(*rest[:-1]), rest[-1])
+
+
+def _exporting(package: Path, name: str) -> Path | None:
+    """The file from which a package exports a name lazily, as its stub says."""
+    stub = package / "__init__.pyi"
+    if not stub.is_file():
+        return None
+    for node in ast.parse(stub.read_bytes()).body:
+        if isinstance(node, ast.ImportFrom) and node.module and any(alias.name == name for alias in node.names):
+            return _module_in(package, node.module.split("."))
+    return None
 
 
 def _module_in(folder: Path, parts: list[str]) -> Path | None:
@@ -41,18 +57,19 @@ def _module_in(folder: Path, parts: list[str]) -> Path | None:
 
 
 @cache
-def _read(path: Path, mtime: int) -> tuple[str, list[Path]]:
-    """Hash of a file's code, and the files that it imports from this library or from beside itself."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    imported = [_locate(name, path) for name in _imports(tree, path)]
+def _read(path: Path, home: Path, mtime: int) -> tuple[str, list[Path]]:
+    """Hash of a file's code, and the files that it imports from this library or, outside of it, from `home`."""
+    tree = ast.parse(path.read_bytes())
+    imported = [_locate(name, path, home) for name in _imports(tree, path, home)]
     for node in ast.walk(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             _drop_docstring(node)
     return hashlib.sha256(ast.dump(tree).encode()).hexdigest(), [found for found in imported if found]
 
 
-def _imports(tree: ast.AST, path: Path) -> Iterator[str]:
-    package = [LIBRARY, *path.parent.relative_to(ROOT).parts] if path.is_relative_to(ROOT) else []
+def _imports(tree: ast.AST, path: Path, home: Path) -> Iterator[str]:
+    within = path.is_relative_to(ROOT)
+    package = [LIBRARY, *path.parent.relative_to(ROOT).parts] if within else [*path.parent.relative_to(home).parts]
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -63,10 +80,10 @@ def _imports(tree: ast.AST, path: Path) -> Iterator[str]:
             yield from (f"{origin}.{alias.name}" for alias in node.names)
 
 
-def _locate(module: str, importer: Path) -> Path | None:
+def _locate(module: str, importer: Path, home: Path) -> Path | None:
     if module.partition(".")[0] == LIBRARY:
         return _file_of(module)
-    return None if importer.is_relative_to(ROOT) else _module_in(importer.parent, module.split("."))
+    return None if importer.is_relative_to(ROOT) else _module_in(home, module.strip(".").split(".") if module else [])
 
 
 def _drop_docstring(node: ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) -> None:

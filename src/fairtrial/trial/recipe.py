@@ -4,7 +4,6 @@ import ast
 import difflib
 import hashlib
 import json
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -58,10 +57,11 @@ def nearest(word: str, known: Iterable[str]) -> str:
 
 
 def _split_at_commas(text: str) -> list[str]:
-    parts, depth, start, quote = [], 0, 0, ""
+    parts, depth, start, quote, escaped = [], 0, 0, "", False
     for place, character in enumerate(text):
         if quote:
-            quote = "" if character == quote else quote
+            quote = "" if character == quote and not escaped else quote
+            escaped = character == "\\" and not escaped
         elif character in "'\"":
             quote = character
         elif character in "([{":
@@ -101,13 +101,13 @@ def _value(node: ast.expr, key: str, name: str) -> Any:
     if isinstance(node, ast.Name):  # projection=svd reads as the text 'svd'
         return node.id
     try:
-        value = ast.literal_eval(node)
-        json.dumps(value, allow_nan=False)
+        if any(isinstance(part, ast.Dict) for part in ast.walk(node)):
+            raise ValueError
+        return json.loads(json.dumps(ast.literal_eval(node), allow_nan=False))  # tuples become lists, as in a store
     except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
         raise BadInput(
             f"{name}: the value of {key} must be a finite number, True, False, None, a text or a list of those"
         ) from None
-    return list(value) if isinstance(value, tuple) else value
 
 
 def parse_choices(text: str) -> list[Choice]:
@@ -172,5 +172,5 @@ def recipe_name(recipe: Recipe, baseline: Recipe) -> str:
 
 
 def check_budget(name: str, value: int, least: int = 1) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise BadInput(f"{name} must be a whole number of at least {least}, got {value!r}")

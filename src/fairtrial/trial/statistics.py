@@ -18,7 +18,6 @@ EXACT_UP_TO = 18  # so many values' sign patterns, or subsets, are all enumerate
 DRAWN = 2**16  # beyond that, so many are drawn
 
 
-
 def fewest_seeds(comparisons: int = 1) -> int:
     """Seeds below which no outcome can be significant: the smallest p-value, 2 / 2^n, is not below 0.05 after Holm."""
     return 1 + math.floor(math.log2(2 * comparisons / LEVEL))
@@ -36,8 +35,13 @@ def _subset_sums(values: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def _drawn_subsets(n: int) -> NDArray[np.float64]:
-    """A fixed draw of half-subsets for samples too large to enumerate; the same for everyone."""
-    return np.random.default_rng(n).integers(0, 2, size=(DRAWN - 1, n)).astype(np.float64)
+    """A fixed draw of non-empty subsets for samples too large to enumerate; the same for everyone.
+
+    With every subset its complement is drawn too, so that test and interval agree; the whole set is the last.
+    """
+    half = np.random.default_rng(n).integers(0, 2, size=(DRAWN // 2 - 1, n)).astype(np.float64)
+    half = half[half.any(axis=1) & ~half.all(axis=1)]
+    return np.concatenate([half, 1 - half, np.ones((1, n))])
 
 
 def sign_flip_p(differences: Sequence[float]) -> float:
@@ -50,13 +54,9 @@ def sign_flip_p(differences: Sequence[float]) -> float:
     if d.size == 0:
         raise ValueError("differences must hold at least one value")
     observed = abs(d.sum())
-    if d.size <= EXACT_UP_TO:
-        flipped = d.sum() - 2.0 * _subset_sums(d)
-        extreme, total = np.count_nonzero(np.abs(flipped) >= observed - _roundoff(d)), flipped.size
-    else:
-        flipped = d.sum() - 2.0 * (_drawn_subsets(d.size) @ d)
-        extreme, total = 1 + np.count_nonzero(np.abs(flipped) >= observed - _roundoff(d)), 1 + flipped.size
-    return float(extreme / total)
+    sums = _subset_sums(d) if d.size <= EXACT_UP_TO else np.append(_drawn_subsets(d.size) @ d, 0.0)
+    flipped = d.sum() - 2.0 * sums
+    return float(np.count_nonzero(np.abs(flipped) >= observed - _roundoff(d)) / sums.size)
 
 
 def _roundoff(d: NDArray[np.float64]) -> float:
@@ -74,13 +74,13 @@ def mean_interval(differences: Sequence[float], level: float = LEVEL) -> tuple[f
     """
     d = np.asarray(differences, dtype=np.float64)
     if d.size <= EXACT_UP_TO:
-        sizes = _subset_sums(np.ones(d.size))[1:]
-        means = _subset_sums(d)[1:] / sizes
+        sums, sizes = _subset_sums(d)[1:], _subset_sums(np.ones(d.size))[1:]
     else:
         subsets = _drawn_subsets(d.size)
-        subsets = subsets[subsets.any(axis=1)]
-        means = subsets @ d / subsets.sum(axis=1)
-    outside = math.floor(level / 2 * (means.size + 1))
+        sums, sizes = subsets @ d, subsets.sum(axis=1)
+    sums[2 * np.abs(sums) <= _roundoff(d)] = 0.0  # as the test takes them for ties
+    means = sums / sizes
+    outside = math.ceil(level / 2 * (means.size + 1)) - 1
     if outside < 1:
         return -math.inf, math.inf
     means.sort()
@@ -120,7 +120,7 @@ def differences(baseline: Sequence[float], others: Sequence[Sequence[float]]) ->
 
 
 def verdict(difference: Difference, sign: int, margin: float) -> Verdict:
-    """`better` or `worse` if the corrected p-value is below 0.05; else `equivalent` if the interval lies inside ± margin.
+    """`better` or `worse` if the corrected p < 0.05; else `equivalent` if the interval lies inside ± margin.
 
     Args:
         sign: +1 where more is better, -1 where less is.
@@ -134,14 +134,15 @@ def verdict(difference: Difference, sign: int, margin: float) -> Verdict:
 
 
 def power(effect: float, spread: float, n: int, level: float = LEVEL) -> float:
-    """Chance that n paired differences with this mean and standard deviation are found significant (t approximation)."""
+    """Chance that n paired differences of this mean and standard deviation are significant (t approximation)."""
     if n < fewest_seeds():
         return 0.0
     if spread == 0:
         return float(effect != 0)
     critical = stats.t.ppf(1 - level / 2, n - 1)
-    shift = abs(effect) / spread * math.sqrt(n)
-    return float(stats.nct.sf(critical, n - 1, shift) + stats.nct.cdf(-critical, n - 1, shift))
+    shift = min(abs(effect) / spread * math.sqrt(n), 1e6)
+    # the lower tail by symmetry: SciPy's nct.cdf gives NaN there
+    return float(stats.nct.sf(critical, n - 1, shift) + stats.nct.sf(critical, n - 1, -shift))
 
 
 def seeds_to_decide(values: Sequence[float], margin: float, comparisons: int = 1, chance: float = 0.8) -> int | None:
@@ -161,5 +162,5 @@ def seeds_to_decide(values: Sequence[float], margin: float, comparisons: int = 1
     if effect < margin:  # both ends must stay inside
         half = (stats.norm.ppf(1 - LEVEL / 2) + stats.norm.ppf((1 + chance) / 2)) * spread / (margin - effect)
         needed.append(half**2 + 2)
-    fewest = max(fewest_seeds(comparisons), math.ceil(min(needed)))
+    fewest = max(fewest_seeds(comparisons), d.size + 1, math.ceil(min(needed)))
     return fewest if fewest <= 10_000 else None

@@ -81,28 +81,24 @@ class Store:
     """
 
     def __init__(self, location: str | os.PathLike[str]) -> None:
-        self.location = os.fspath(location)
-        if "://" in self.location:
-            url = self.location
-        else:
-            path = Path(self.location).expanduser()
-            _refuse_foreign_file(path)
-            try:
-                path.parent.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise StoreError(f"the folder of the store {path} cannot be made: {error.strerror}") from error
-            url = f"sqlite:///{path}"
+        url = _url(os.fspath(location))
+        self.location = str(url) if "://" in os.fspath(location) else os.fspath(location)  # hides a URL's password
         try:
-            self.engine = sa.create_engine(url, connect_args={"timeout": 60} if url.startswith("sqlite") else {})
+            sqlite = url.get_backend_name() == "sqlite"
+            self.engine = sa.create_engine(url, connect_args={"timeout": 60} if sqlite else {})
         except (ArgumentError, NoSuchModuleError, ImportError) as error:
             raise StoreError(f"the store {self.location!r} is no usable path or database URL: {error}") from error
-        if self.engine.dialect.name == "sqlite":
+        if sqlite:
             sa.event.listen(self.engine, "connect", _prepare_sqlite)
+            if url.database and url.database != ":memory:":
+                _prepare_file(Path(url.database))
         with self._guarded():
             self._open()
 
     def _open(self) -> None:
         with self.engine.begin() as connection:
+            if connection.dialect.name == "sqlite":  # one process at a time, and all tables or none
+                connection.exec_driver_sql("BEGIN IMMEDIATE")
             schema.create_all(connection)
             version = connection.scalar(sa.select(about.c.value).where(about.c.key == "schema"))
             if version is None:
@@ -154,6 +150,11 @@ class Store:
             except IntegrityError:
                 pass  # somebody else has just recorded the same run
 
+    def count(self) -> int:
+        """How many runs are recorded."""
+        with self._guarded(), self.engine.connect() as connection:
+            return int(connection.scalar(sa.select(sa.func.count()).select_from(runs)) or 0)
+
     def list(self, *, task: str | None = None, ended: str | None = None, limit: int | None = None) -> list[Stored]:
         """Recorded runs, the newest first."""
         query = sa.select(runs).order_by(runs.c.recorded.desc(), runs.c.key).limit(limit)
@@ -168,7 +169,7 @@ class Store:
                 row["key"],
                 row["task"],
                 row["version"],
-                json.loads(row["choices"]),
+                self._choices(row["key"], row["choices"]),
                 row["seed"],
                 row["split"],
                 row["recorded"],
@@ -177,6 +178,12 @@ class Store:
             for row in rows
         ]
 
+    def _choices(self, key: str, text: str) -> dict[str, Any]:
+        try:
+            return dict(json.loads(text))
+        except (ValueError, TypeError) as error:
+            raise self._damaged(key, error) from error
+
     def _outcome(self, key: str, text: str) -> Outcome:
         try:
             fields = json.loads(text)
@@ -184,7 +191,27 @@ class Store:
             fields["curve"] = [(int(step), float(value)) for step, value in fields["curve"]]
             return Outcome(**fields)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise StoreError(f"the store {self.location} is damaged: run {key} cannot be read ({error})") from error
+            raise self._damaged(key, error) from error
+
+    def _damaged(self, key: str, error: Exception) -> StoreError:
+        return StoreError(f"the store {self.location} is damaged: run {key} cannot be read ({error})")
+
+
+def _url(location: str) -> sa.URL:
+    try:
+        if "://" in location:
+            return sa.make_url(location)
+        return sa.URL.create("sqlite", database=str(Path(location).expanduser()))
+    except (ArgumentError, ValueError, RuntimeError) as error:
+        raise StoreError(f"the store named is no usable path or database URL: {error}") from error
+
+
+def _prepare_file(path: Path) -> None:
+    _refuse_foreign_file(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StoreError(f"the folder of the store {path} cannot be made: {error.strerror}") from error
 
 
 def _prepare_sqlite(connection: sqlite3.Connection, _: object) -> None:
@@ -201,9 +228,9 @@ def _other_version(location: str | Path, version: str) -> StoreError:
 
 def _refuse_foreign_file(path: Path) -> None:
     """Look at an existing file without changing it: another program's database is left untouched."""
-    if path.is_dir():
-        raise StoreError(f"the store {path} is a folder; name a file")
     try:
+        if path.is_dir():
+            raise StoreError(f"the store {path} is a folder; name a file")
         if not path.exists() or path.stat().st_size == 0:
             return
         if not os.access(path, os.W_OK):

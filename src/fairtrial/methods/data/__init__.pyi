@@ -7,3 +7,4 @@ from .data_diet import prune_indices as prune_indices
 from .decoupled_mixup import DecoupledMixup as DecoupledMixup
 from .decoupled_mixup import DecoupledMixupLoss as DecoupledMixupLoss
 from .decoupled_mixup import TwoHotMixupBCELoss as TwoHotMixupBCELoss
+from .mixing import Mixup as Mixup

@@ -21,9 +21,9 @@ Where theory and the authors' code differ, the code is followed, as its results 
   each of its entries before it is brought back to sum 1.
 - a = α log K / λ0, so that α > 1 keeps every λ above 0, because KL(p || 1/K) ≤ log K.
 
-Two things differ from the code. Rows that it turns into 0/0 stay finite here: the quotient of softpluses is computed
-through logarithms, and rows of zeros are not divided by their size. And of samples that come up more than once in a
-batch each uses the λ of its own row, while the code gives all of them the last one's.
+Three things differ from the code. Rows that it turns into 0/0 stay finite here: the quotient of softpluses is computed
+through logarithms, and rows of zeros are not divided by their size. Of samples that come up more than once in a batch
+each uses the λ of its own row, while the code gives all of them the last one's. And λ moves in training mode only.
 """
 
 import math
@@ -82,8 +82,8 @@ class LDRLoss(nn.Module):
     def __init__(
         self,
         lam: float = 1.0,
-        *,
         margin: float = 0.1,
+        *,
         normalize: str | None = "softplus_mean",
         reduction: str = "mean",
     ) -> None:
@@ -113,9 +113,9 @@ class ALDRLoss(nn.Module):
     """ALDR-KL loss of scores (n, classes), class indices (n,) and the samples' indices in the training set (n,).
 
     The temperatures live in the buffer `lambdas` (num_samples,), which starts at λ0 and is part of the state_dict. A
-    call in training mode moves those of its samples by one step; in eval mode they stay, and the loss is LDR-KL at
-    them. Samples that keep a large λ are those the model does not make up its mind about, mislabelled ones among them.
-    Under data parallelism each process has its own temperatures, of the samples that it has seen.
+    call in training mode moves those of its samples by one step, in eval mode they stay. Samples that keep a large λ
+    are those that the model does not make up its mind about, mislabelled ones among them. Under data parallelism each
+    process has its own temperatures, of the samples that it has seen.
 
     Args:
         num_samples: size of the training set.
@@ -133,8 +133,8 @@ class ALDRLoss(nn.Module):
         self,
         num_samples: int,
         lam0: float = 1.0,
-        *,
         margin: float = 0.1,
+        *,
         alpha: float = 2.0,
         normalize: str | None = "l1",
         margin_in_p: bool = False,

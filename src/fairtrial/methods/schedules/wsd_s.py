@@ -24,7 +24,7 @@ import warnings
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -42,6 +42,12 @@ _DECAYS: dict[str, Callable[[float, float], float]] = {
     "cosine": lambda tau, r: r + (1.0 - r) * 0.5 * (1.0 + math.cos(math.pi * tau)),
     "sqrt": lambda tau, r: 1.0 - (1.0 - r) * math.sqrt(tau),
 }
+
+
+def _check_period_ends(ends: Sequence[int], name: str) -> None:
+    increasing = len(ends) > 0 and all(start < end for start, end in pairwise([0, *ends]))
+    whole = all(isinstance(end, int) for end in ends)
+    require(increasing and whole, name, ends, "strictly increasing whole numbers above 0, at least one")
 
 
 def _doubling_budgets(setting: Any) -> list[int]:
@@ -88,34 +94,22 @@ class WSDSLR(LRScheduler):
         warmup_steps: int = 0,
         decay_fraction: float = 0.1,
         min_lr_ratio: float = 0.1,
-        decay: Literal["inverse", "linear", "cosine", "sqrt"] = "inverse",
+        decay: str = "inverse",
         last_epoch: int = -1,
     ) -> None:
-        self._set_periods(checkpoints, "checkpoints", warmup_steps, decay_fraction, min_lr_ratio, decay)
-        super().__init__(optimizer, last_epoch)
-
-    def _set_periods(
-        self,
-        ends: Sequence[int],
-        name: str,
-        warmup_steps: int,
-        decay_fraction: float,
-        min_lr_ratio: float,
-        decay: str,
-    ) -> None:
-        increasing = len(ends) > 0 and all(start < end for start, end in pairwise([0, *ends]))
-        require(increasing and all(isinstance(end, int) for end in ends), name, ends, "increasing whole numbers above 0")
+        _check_period_ends(checkpoints, "checkpoints")
         require(0 < decay_fraction <= 1, "decay_fraction", decay_fraction, "in (0, 1]")
         require(0 < min_lr_ratio <= 1, "min_lr_ratio", min_lr_ratio, "in (0, 1]")
         require(decay in _DECAYS, "decay", decay, " or ".join(map(repr, _DECAYS)))
-        self.period_ends = list(ends)
+        self.period_ends = list(checkpoints)
         self.decay_starts = [
-            end - max(1, int(decay_fraction * (end - start) + 1e-9)) for start, end in pairwise([0, *ends])
+            end - max(1, int(decay_fraction * (end - start) + 1e-9)) for start, end in pairwise([0, *checkpoints])
         ]
         stable = f"within 0..{self.decay_starts[0]}, the steps before the first decay"
         require(0 <= warmup_steps <= self.decay_starts[0], "warmup_steps", warmup_steps, stable)
         self.warmup_steps, self.min_lr_ratio, self.decay = warmup_steps, min_lr_ratio, decay
         self._warned = False
+        super().__init__(optimizer, last_epoch)
 
     def _factor(self, step: int) -> float:
         if step < self.warmup_steps:
@@ -149,7 +143,8 @@ class WSDSLR(LRScheduler):
 class WSDLR(WSDSLR):
     """Warm-up, stable and decay phases for one budget of `total_steps`; otherwise as `WSDSLR`.
 
-    For a further budget go back to the state at `decay_starts[0]` and continue with a schedule of more steps.
+    For a further budget go back to the state before step `decay_starts[0]` and continue with a schedule of more steps,
+    `last_epoch=decay_starts[0] - 1`.
     """
 
     def __init__(
@@ -159,11 +154,11 @@ class WSDLR(WSDSLR):
         warmup_steps: int = 0,
         decay_fraction: float = 0.1,
         min_lr_ratio: float = 0.1,
-        decay: Literal["inverse", "linear", "cosine", "sqrt"] = "inverse",
+        decay: str = "inverse",
         last_epoch: int = -1,
     ) -> None:
-        self._set_periods([total_steps], "total_steps", warmup_steps, decay_fraction, min_lr_ratio, decay)
-        LRScheduler.__init__(self, optimizer, last_epoch)
+        require(isinstance(total_steps, int) and total_steps > 0, "total_steps", total_steps, "a whole number above 0")
+        super().__init__(optimizer, [total_steps], warmup_steps, decay_fraction, min_lr_ratio, decay, last_epoch)
 
 
 @method(
@@ -178,8 +173,8 @@ class CyclicCosineLR(WSDSLR):
     def __init__(
         self, optimizer: Optimizer, period_ends: Sequence[int], min_lr_ratio: float = 0.1, last_epoch: int = -1
     ) -> None:
-        self._set_periods(period_ends, "period_ends", 0, 1.0, min_lr_ratio, "cosine")
-        LRScheduler.__init__(self, optimizer, last_epoch)
+        _check_period_ends(period_ends, "period_ends")
+        super().__init__(optimizer, period_ends, 0, 1.0, min_lr_ratio, "cosine", last_epoch)
 
 
 class RiverValleyLoss(NamedTuple):
@@ -217,7 +212,7 @@ def river_valley_expected_loss(
     require(abs(y0) < math.inf, "y0", y0, "finite")
     shrink = (1.0 - lrs * h).square()
     # remaining[t] is what the steps from t on leave of E y², remaining[steps] = 1
-    remaining = torch.cat([shrink.flip(-1).cumprod(-1).flip(-1), torch.ones_like(lrs[..., :1])], -1)
+    remaining = torch.cat([shrink.flip(-1).cumprod(-1).flip(-1), lrs.new_ones(*lrs.shape[:-1], 1)], -1)
     spread = remaining[..., 0] * y0**2 + sigma**2 * (lrs.square() * remaining[..., 1:]).sum(-1)
     hill, river = 0.5 * h * spread, -(c**2) * lrs.sum(-1)
     return RiverValleyLoss(hill, river, hill + river)

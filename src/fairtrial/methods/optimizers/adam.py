@@ -1,0 +1,68 @@
+"""Adam's direction m̂ / (√v̂ + eps) over lists of tensors, and the arguments and state that go with it."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fairtrial.methods.arguments import require
+from fairtrial.methods.optimizers.torch_contract import check_rates
+
+
+def check_adam(group: Mapping[str, Any]) -> None:
+    """Refuse a parameter group with a learning rate, betas, eps or weight decay that Adam has no meaning for."""
+    check_rates(group)
+    betas = group["betas"]
+    require(len(betas) == 2 and all(0 <= beta < 1 for beta in betas), "betas", betas, "two numbers within [0, 1)")
+
+
+def adam_state(like: Tensor) -> dict[str, Tensor]:
+    """A step count of 0 and moments of 0 for a gradient shaped as `like`. The count lies on the CPU, as torch's does."""
+    return {
+        "step": torch.zeros((), dtype=torch.float32),
+        "exp_avg": torch.zeros_like(like, memory_format=torch.preserve_format),
+        "exp_avg_sq": torch.zeros_like(like, memory_format=torch.preserve_format),
+    }
+
+
+def adam_direction(
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    steps: Sequence[Tensor],
+    *,
+    betas: tuple[float, float],
+    eps: float,
+    nesterov: bool = False,
+) -> list[Tensor]:
+    """Count a step, fold the gradients into the moments, in place, and return m̂ / (√v̂ + eps).
+
+    Args:
+        grads, exp_avgs, exp_avg_sqs: equally long lists of tensors of one device and dtype, equal shapes at each index.
+        steps: as many tensors of shape (), on the CPU.
+        nesterov: take β1 m + (1 - β1) g in place of m.
+    """
+    beta1, beta2 = betas
+    torch._foreach_add_(steps, torch.ones(()), alpha=1.0)  # a plain 1 would be wrapped anew for every tensor
+    torch._foreach_lerp_(exp_avgs, grads, 1 - beta1)
+    torch._foreach_mul_(exp_avg_sqs, beta2)
+    torch._foreach_addcmul_(exp_avg_sqs, grads, grads, 1 - beta2)
+    c1, c2 = bias_corrections(beta1, steps), bias_corrections(beta2, steps)
+    # c1 goes into the denominator: c1 (√v / √c2 + eps)
+    denominators = torch._foreach_sqrt(exp_avg_sqs)
+    torch._foreach_mul_(denominators, [a / b**0.5 for a, b in zip(c1, c2, strict=True)])
+    torch._foreach_add_(denominators, [eps * a for a in c1])
+    numerators = torch._foreach_lerp(exp_avgs, grads, 1 - beta1) if nesterov else exp_avgs
+    for numerator, denominator in zip(numerators, denominators, strict=True):
+        torch.div(numerator, denominator, out=denominator)
+    return list(denominators)
+
+
+def bias_corrections(beta: float, steps: Sequence[Tensor]) -> list[Any]:
+    """1 - beta^step: numbers, or tensors under `torch.compile`, which would otherwise compile every step anew."""
+    if torch.compiler.is_compiling():
+        log_beta = math.log(beta) if beta > 0 else -math.inf
+        return [-torch.expm1(step * log_beta) for step in steps]
+    return [1 - beta ** step.item() for step in steps]

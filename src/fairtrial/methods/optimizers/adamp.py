@@ -1,0 +1,302 @@
+"""AdamP and SGDP: momentum optimizers that do not let scale-invariant weights grow (Heo et al. 2021, arXiv:2006.08217).
+
+A weight w that a normalisation follows does not change the loss by its length. Momentum makes that length grow much
+faster than plain gradient descent would, and the effective step lr/‖w‖² shrinks with it. Both optimizers take the
+part along w out of their update u (Algorithms 1 and 2),
+
+    u ← u - ŵ (ŵ·u),    ŵ = w / (‖w‖ + eps),    whenever |cos(w, g)| < delta / √D
+
+with the gradient g, not the momentum, in the test. Test and projection work on the rows of a view of w with D columns:
+first the output channels, where the largest cosine of all rows decides, then, if that test fails, the whole tensor as
+a single row. Where either holds, the decoupled weight decay is multiplied by `wd_ratio`. Tensors of fewer than two
+dimensions are never projected. A zero gradient counts as orthogonal.
+
+Without the projection the squared length of a scale-invariant weight grows up to 1 + 2β/(1 - β) times as much as with
+it: 19-fold at β = 0.9.
+
+The authors' SGDP without Nesterov momentum projects the stored momentum along with the update, because the two share
+their memory. In the paper's algorithm the momentum is left alone, and so it is here. Cosines are those of today's
+`torch.nn.functional.cosine_similarity`, on which the authors' code rests: each norm, not their product, is held to at
+least eps.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.optimizer import ParamsT
+
+from fairtrial.methods.arguments import require
+from fairtrial.methods.optimizers.adam import adam_direction, adam_state, check_adam
+from fairtrial.methods.optimizers.torch_contract import (
+    batches,
+    check_rates,
+    check_state,
+    evaluate,
+    params_with_gradient,
+)
+from fairtrial.methods.registry import LogUniform, Uniform, method
+
+
+@method(paper="adamp", slot="optimizer", search={"lr": LogUniform(1e-4, 1e-1)})
+class AdamP(Optimizer):
+    """AdamW whose update loses its part along scale-invariant weights (Algorithm 2).
+
+    Args:
+        params: parameters or parameter groups, real and dense.
+        lr: learning rate, at least 0.
+        betas: decay rates of the two moments, each within [0, 1).
+        eps: added to √v̂, to ‖w‖ in the projection, and the least norm in the cosine.
+        weight_decay: decoupled decay, at least 0; a step multiplies w by 1 - lr · weight_decay.
+        delta: how near to orthogonal weight and gradient must be; 0 never projects and leaves AdamW.
+        wd_ratio: share of the weight decay that projected weights get, within [0, 1].
+        nesterov: use Nesterov momentum.
+        maximize: ascend instead of descend.
+        foreach: handle all tensors of a device and dtype together; `False` goes through them one by one with the same
+            result and less memory.
+
+    The defaults are the authors'.
+
+    Raises:
+        ValueError: an argument lies outside its range, or a loaded state does not fit the parameters.
+        RuntimeError: a gradient is sparse or complex.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        *,
+        delta: float = 0.1,
+        wd_ratio: float = 0.1,
+        nesterov: bool = False,
+        maximize: bool = False,
+        foreach: bool = True,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "delta": delta,
+            "wd_ratio": wd_ratio,
+            "nesterov": nesterov,
+            "maximize": maximize,
+            "foreach": foreach,
+        }
+        super().__init__(params, defaults)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        check_adam(self.defaults | param_group)
+        check_projection(self.defaults | param_group)
+        super().add_param_group(param_group)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        check_state(state, self.defaults, lambda group, p: {"step": (), "exp_avg": p.shape, "exp_avg_sq": p.shape})
+        super().__setstate__(state)
+
+    @torch.compiler.disable
+    def _gather(self) -> list[tuple[dict[str, Any], tuple[list[Tensor], ...]]]:
+        gathered = []
+        for group, params in zip(self.param_groups, params_with_gradient(self), strict=True):
+            for p in params:
+                if not self.state[p]:
+                    self.state[p] = adam_state(p)
+            lists = [[self.state[p][name] for p in params] for name in ("exp_avg", "exp_avg_sq", "step")]
+            grads = [p.grad for p in params]
+            gathered += [(group, batch) for batch in batches(params, grads, *lists, foreach=group["foreach"])]
+        return gathered
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update the parameters by their gradients; returns the loss of `closure`, called with gradients enabled."""
+        loss = evaluate(closure)
+        for group, (params, grads, exp_avgs, exp_avg_sqs, steps) in self._gather():
+            if group["maximize"]:
+                grads = torch._foreach_neg(grads)
+            updates = adam_direction(
+                grads,
+                exp_avgs,
+                exp_avg_sqs,
+                steps,
+                betas=group["betas"],
+                eps=group["eps"],
+                nesterov=group["nesterov"],
+            )
+            apply_projected_(params, grads, updates, group, decay=group["lr"] * group["weight_decay"])
+        return loss
+
+
+@method(
+    paper="adamp", slot="optimizer", search={"lr": LogUniform(1e-3, 1.0), "momentum": Uniform(0.5, 0.99)}
+)
+class SGDP(Optimizer):
+    """SGD with momentum whose update loses its part along scale-invariant weights (Algorithm 1).
+
+    With `buf ← momentum · buf + (1 - dampening) g` from a buffer of zeros, unlike torch's SGD, which starts at g.
+
+    Args:
+        params: parameters or parameter groups, real and dense.
+        lr: learning rate, at least 0.
+        momentum: within [0, 1).
+        dampening: of the momentum.
+        weight_decay: decoupled decay, at least 0; a step multiplies w by 1 - lr · weight_decay / (1 - momentum), which
+            is in the long run what SGD's coupled decay comes to.
+        nesterov, eps, delta, wd_ratio, maximize, foreach: as in `AdamP`; delta = 0 leaves SGD.
+
+    The defaults are the authors'.
+
+    Raises:
+        ValueError: an argument lies outside its range, or a loaded state does not fit the parameters.
+        RuntimeError: a gradient is sparse or complex.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float,
+        momentum: float = 0.0,
+        dampening: float = 0.0,
+        weight_decay: float = 0.0,
+        nesterov: bool = False,
+        *,
+        eps: float = 1e-8,
+        delta: float = 0.1,
+        wd_ratio: float = 0.1,
+        maximize: bool = False,
+        foreach: bool = True,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "dampening": dampening,
+            "weight_decay": weight_decay,
+            "nesterov": nesterov,
+            "eps": eps,
+            "delta": delta,
+            "wd_ratio": wd_ratio,
+            "maximize": maximize,
+            "foreach": foreach,
+        }
+        super().__init__(params, defaults)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        group = self.defaults | param_group
+        check_rates(group)
+        require(0 <= group["momentum"] < 1, "momentum", group["momentum"], "within [0, 1)")
+        require(abs(group["dampening"]) < math.inf, "dampening", group["dampening"], "finite")
+        check_projection(group)
+        super().add_param_group(param_group)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        check_state(state, self.defaults, lambda group, p: {"momentum_buffer": p.shape})
+        super().__setstate__(state)
+
+    @torch.compiler.disable
+    def _gather(self) -> list[tuple[dict[str, Any], tuple[list[Tensor], ...]]]:
+        gathered = []
+        for group, params in zip(self.param_groups, params_with_gradient(self), strict=True):
+            for p in params:
+                if not self.state[p]:
+                    self.state[p] = {"momentum_buffer": torch.zeros_like(p, memory_format=torch.preserve_format)}
+            buffers = [self.state[p]["momentum_buffer"] for p in params]
+            grads = [p.grad for p in params]
+            gathered += [(group, batch) for batch in batches(params, grads, buffers, foreach=group["foreach"])]
+        return gathered
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update the parameters by their gradients; returns the loss of `closure`, called with gradients enabled."""
+        loss = evaluate(closure)
+        for group, (params, grads, buffers) in self._gather():
+            momentum = group["momentum"]
+            if group["maximize"]:
+                grads = torch._foreach_neg(grads)
+            torch._foreach_mul_(buffers, momentum)
+            torch._foreach_add_(buffers, grads, alpha=1 - group["dampening"])
+            updates = torch._foreach_add(grads, buffers, alpha=momentum) if group["nesterov"] else buffers
+            decay = group["lr"] * group["weight_decay"] / (1 - momentum)
+            apply_projected_(params, grads, updates, group, decay=decay)
+        return loss
+
+
+def check_projection(group: Mapping[str, Any]) -> None:
+    require(group["delta"] >= 0, "delta", group["delta"], "at least 0")
+    require(0 <= group["wd_ratio"] <= 1, "wd_ratio", group["wd_ratio"], "within [0, 1]")
+
+
+def apply_projected_(
+    params: list[Tensor], grads: list[Tensor], updates: list[Tensor], group: Mapping[str, Any], *, decay: float
+) -> None:
+    """w ← w (1 - decay · r) - lr Π(u), where r is wd_ratio for what Π projects and 1 for the rest."""
+    updates = list(updates)
+    at = [i for i, p in enumerate(params) if p.ndim > 1]
+    if at:
+        matrices = [params[i] for i in at]
+        tangential, invariant = without_radial_part(
+            [updates[i] for i in at], matrices, [grads[i] for i in at], delta=group["delta"], eps=group["eps"]
+        )
+        for i, update in zip(at, tangential, strict=True):
+            updates[i] = update
+        if decay:
+            torch._foreach_mul_(matrices, [1 - decay * (1 - (1 - group["wd_ratio"]) * hit) for hit in invariant])
+    vectors = [p for p in params if p.ndim <= 1]
+    if decay and vectors:
+        torch._foreach_mul_(vectors, 1 - decay)
+    torch._foreach_add_(params, updates, alpha=-group["lr"])
+
+
+def without_radial_part(
+    updates: list[Tensor], params: list[Tensor], grads: list[Tensor], *, delta: float, eps: float
+) -> tuple[list[Tensor], list[Any]]:
+    """Take the part along w out of the updates of scale-invariant weights.
+
+    Args:
+        updates, params, grads: equally long lists of tensors (out, ...) of at least two dimensions and one dtype.
+
+    Returns:
+        The updates, the projected ones as new tensors, and for each whether it was projected: a bool, or, where no
+        value is to be waited for, on other devices than the CPU and under `torch.compile`, a 0 or 1 of shape ().
+    """
+    dims = [tuple(range(1, p.ndim)) for p in params]
+    dtype = torch.promote_types(params[0].dtype, torch.float32)
+    dots = [(g * w).sum(d, dtype=dtype) for g, w, d in zip(grads, params, dims, strict=True)]
+    g_rows = [torch.linalg.vector_norm(g, dim=d, dtype=dtype) for g, d in zip(grads, dims, strict=True)]
+    w_rows = [torch.linalg.vector_norm(w, dim=d, dtype=dtype) for w, d in zip(params, dims, strict=True)]
+
+    cosines = absolute_cosines(torch.cat(dots), torch.cat(g_rows), torch.cat(w_rows), eps)
+    peaks = torch._foreach_max(cosines.split([len(p) for p in params]))
+    by_row = below(peaks, [delta * (len(p) / p.numel()) ** 0.5 for p in params])
+
+    g_norms, w_norms = torch.stack(torch._foreach_norm(g_rows)), torch.stack(torch._foreach_norm(w_rows))
+    cosines = absolute_cosines(torch.stack([dot.sum() for dot in dots]), g_norms, w_norms, eps)
+    invariant = by_row | below(cosines.unbind(), [delta / p.numel() ** 0.5 for p in params])
+
+    readable = invariant.device.type == "cpu" and not torch.compiler.is_compiling()
+    updates = list(updates)
+    for i in invariant.nonzero()[:, 0].tolist() if readable else range(len(updates)):
+        u, w = updates[i], params[i]
+        dot = (u * w).sum(dims[i], dtype=dtype)
+        dot = torch.where(by_row[i], dot, dot.sum())
+        norm = torch.where(by_row[i], w_rows[i], w_norms[i]) + eps
+        along = torch.where(invariant[i], dot / norm.square(), 0.0).to(w.dtype)
+        updates[i] = torch.addcmul(u, along.view(-1, *[1] * len(dims[i])), w, value=-1)
+    return updates, invariant.tolist() if readable else list(invariant.to(dtype).unbind())
+
+
+def absolute_cosines(
+    dots: Float[Tensor, " n"], x_norms: Float[Tensor, " n"], y_norms: Float[Tensor, " n"], eps: float
+) -> Float[Tensor, " n"]:
+    return dots.abs() / (x_norms.clamp(min=eps) * y_norms.clamp(min=eps))
+
+
+def below(xs: Sequence[Float[Tensor, ""]], limits: list[float]) -> Bool[Tensor, " n"]:
+    """x < limit for numbers on any device, without carrying the limits over to it."""
+    return torch.stack(torch._foreach_sub(xs, limits)) < 0

@@ -1,0 +1,1 @@
+"""What people look at: verdict tables, and later plots and pages."""

@@ -1,0 +1,8 @@
+import pytest
+
+from fairtrial.catalog import Catalogue
+
+
+@pytest.fixture(scope="session")
+def shipped() -> Catalogue:
+    return Catalogue.load()
