@@ -29,7 +29,7 @@ def run(capfd, monkeypatch, tmp_path):
 
 TASK = '''
 """A task that needs no training: the value is the choice's own."""
-from fairtrial.tasks import Choice, Metric, Outcome, Slot
+from fairtrial.contract import Choice, Metric, Outcome, Slot
 
 
 class Options(dict):
@@ -179,7 +179,7 @@ def test_new_task_writes_a_task_that_compares(run, tmp_path):
     assert len(json.loads(out)["recipes"]) == 2
     code, _, err = run("new-task", file)
     assert code == 2
-    assert "exists" in err
+    assert "there already" in err
 
 
 def test_doctor_reports(run):
@@ -214,7 +214,7 @@ def test_doctor_reports(run):
         (["runs"], "nothing has been run"),
         (["runs", "--ended", "well"], "--ended"),
         (["frobnicate"], "frobnicate"),
-        (["compare"], "TASK"),
+        (["compare"], "task"),
         (["papers", "--nope"], "--nope"),
     ],
 )

@@ -4,7 +4,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -133,7 +133,8 @@ def tasks(
     """List the tasks that ship with fairtrial, or the slots of one."""
     from fairtrial import tasks as shipped
 
-    loaded = [shipped.load(reference) for reference in ([name] if name else shipped.names())]
+    with redirect_stdout(sys.stderr):
+        loaded = [shipped.load(reference) for reference in ([name] if name else shipped.names())]
     if as_json:
         listing = [
             {
@@ -156,10 +157,14 @@ def tasks(
 
 @app.command()
 def compare(
-    task: Annotated[str, typer.Argument(help="A shipped task, or a Python file with one of yours (FILE or FILE:NAME).")],
+    task: Annotated[
+        str, typer.Argument(help="A shipped task, or a Python file with one of yours (FILE or FILE:NAME).")
+    ],
     choices: Annotated[
         list[str],
-        typer.Argument(metavar="SLOT=METHOD,METHOD…", help="optimizer=AdamW,FRUGAL(density=0.25); the first is the baseline."),
+        typer.Argument(
+            metavar="SLOT=METHOD,METHOD…", help="optimizer=AdamW,FRUGAL(density=0.25); the first is the baseline."
+        ),
     ],
     trials: Annotated[int, typer.Option(help="Tuning runs of each recipe.")] = 8,
     seeds: Annotated[int, typer.Option(help="Evaluation seeds.")] = 10,
@@ -181,7 +186,12 @@ def compare(
         if slot.strip() in wanted:
             raise BadInput(f"the slot {slot.strip()!r} is named twice; write its methods in one list")
         wanted[slot.strip()] = methods
-    with _executor(executor, workers) as carrying, Store(store or default_store()) as kept, _progress() as progress:
+    with (
+        _executor(executor, workers) as carrying,
+        Store(store or default_store()) as kept,
+        _progress() as progress,
+        redirect_stdout(sys.stderr),  # a person's task may print; the result stands alone on stdout
+    ):
         try:
             comparison = compare_recipes(
                 shipped.load,
@@ -418,7 +428,14 @@ def _console(*, stderr: bool = False) -> "Console":
 @contextmanager
 def _progress() -> Iterator[Callable[..., None]]:
     """Live progress on a terminal, a plain line now and then elsewhere; both on stderr."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
     if not sys.stderr.isatty():
         yield _plain_lines()

@@ -5,7 +5,7 @@ import signal
 import time
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +120,7 @@ class Toy:
     )
     pause: float = 0.0
     log: str = ""
+    world: int = 0
 
     def check(self, choices: Mapping[str, Choice]) -> None:
         made = {name: self.slots[name].build(choice, None) for name, choice in choices.items()}
@@ -133,12 +134,14 @@ class Toy:
         optimizer = self.slots["optimizer"].build(choices["optimizer"], None)
         blur = self.slots["filter"].build(choices["filter"], None)
         width = getattr(blur, "width", 0)
-        shared = np.random.default_rng([seed, split == "test"]).normal()
-        own = np.random.default_rng([seed, split == "test", zlib.crc32(str(sorted_text(choices)).encode())]).normal()
+        drawn = (self.world, seed, split == "test")
+        shared = np.random.default_rng(drawn).normal()
+        own = np.random.default_rng([*drawn, zlib.crc32(str(sorted_text(choices)).encode())]).normal()
         distance = np.log10(optimizer.lr / 0.1) ** 2 + 0.2 * (optimizer.momentum - 0.5) ** 2
         value = 0.5 + optimizer.gain + 0.05 * shared + NOISE * (1 + width) * own - 0.1 * distance - 0.01 * width
         for step in range(1, STEPS + 1):
-            time.sleep(self.pause / STEPS)
+            if self.pause:
+                time.sleep(self.pause / STEPS)
             progress(step, STEPS, value * step / STEPS)
             if isinstance(optimizer, Broken) and step == 2 and seed % optimizer.every == 0:
                 wrong = go_wrong(optimizer, progress)
@@ -179,6 +182,12 @@ def go_wrong(told: Broken, progress: Any) -> Any:
         case "print":
             print("a task prints")
             os.write(1, b"past Python too\n") if told.where == "worker" else None
+        case "threads":
+            import torch
+            from threadpoolctl import threadpool_info
+
+            most = max([torch.get_num_threads(), *(pool["num_threads"] for pool in threadpool_info())])
+            return Outcome(float(most))
         case "sleep":
             time.sleep(600)
         case "kill":
@@ -202,6 +211,10 @@ def load(reference: str) -> Toy:
             toy.log = value
         elif key == "minimize":
             toy.metric = Metric("error", "minimize", "fraction", margin=0.005, worst=2.0)
+        elif key == "margin":
+            toy.metric = replace(toy.metric, margin=float(value))
+        elif key == "world":
+            toy.world = int(value)
         elif key == "version":
             toy.version = int(value)
         else:

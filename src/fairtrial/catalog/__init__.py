@@ -1,11 +1,12 @@
 """The papers: a record of each, search over them, and the recorded evidence on what they claim."""
 
 from .catalogue import STATUSES, Catalogue, ClaimStatus, Status, UnknownPaper
-from .evidence import VERDICTS, Evidence, Finding, Machine, Measurement, Verdict
+from .evidence import EVIDENCE, VERDICTS, Evidence, Finding, Machine, Measurement, Verdict, as_table, write
 from .fields import CatalogError
 from .records import FAMILIES, Claim, Family, Paper
 
 __all__ = [
+    "EVIDENCE",
     "FAMILIES",
     "STATUSES",
     "VERDICTS",
@@ -22,4 +23,6 @@ __all__ = [
     "Status",
     "UnknownPaper",
     "Verdict",
+    "as_table",
+    "write",
 ]

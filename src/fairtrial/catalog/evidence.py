@@ -128,8 +128,8 @@ def parse(text: str, file: str) -> Evidence:
 
 def write(evidence: Evidence, path: Path) -> None:
     """Write so that a reader sees the old file or the new one, whole; what could not be read back is refused."""
-    checked = _evidence(Fields(_table(evidence), path.name))
-    text = json.dumps(_table(checked), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    checked = _evidence(Fields(as_table(evidence), path.name))
+    text = json.dumps(as_table(checked), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -146,7 +146,7 @@ def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is no number; null stands for a value that is not there")
 
 
-def _table(evidence: Evidence) -> dict[str, Any]:
+def as_table(evidence: Evidence) -> dict[str, Any]:
     """The file's fields, in the file's order."""
     machine = evidence.machine
     return {

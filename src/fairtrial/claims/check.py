@@ -12,6 +12,7 @@ from fairtrial.claims.code import code_of
 from fairtrial.claims.measure import Measure
 from fairtrial.contract import BadInput
 
+
 def check(paper: Paper, measure: Measure) -> Evidence:
     """Measure every testable claim of a paper anew.
 

@@ -137,7 +137,8 @@ def _notes(comparison: Comparison) -> Iterator[Text]:
                 style="yellow",
             )
     for judged in comparison.recipes:
-        tuned = [f"{slot}.{key} = {_short(value)}" for slot, p in judged.tuned.params.items() for key, value in p.items()]
+        by_slot = judged.tuned.params.items()
+        tuned = [f"{slot}.{key} = {_short(value)}" for slot, params in by_slot for key, value in params.items()]
         if tuned:
             yield Text(f"{judged.name} was tuned to " + ", ".join(tuned), style="dim")
 
@@ -149,7 +150,8 @@ def _short(value: object) -> str:
 def paper_table(catalogue: Catalogue, papers: Sequence[Paper]) -> RenderableType:
     made = table("slug", "family", "year", "status", "title", right=("year",))
     for paper in papers:
-        made.add_row(paper.slug, paper.family, str(paper.date.year), coloured(catalogue.status(paper.slug)), paper.title)
+        status = coloured(catalogue.status(paper.slug))
+        made.add_row(paper.slug, paper.family, str(paper.date.year), status, paper.title)
     return made
 
 

@@ -1,24 +1,8 @@
-"""What a method can be tried on: the shipped tasks, and a person's own."""
+"""What a method can be tried on: the shipped tasks, and a person's own.
 
-import importlib
+`load('digits')` gives a task to run. The rest is what tasks are made of: a file of one's own imports it from here.
+"""
 
-from fairtrial.contract import BadInput, Task
+import lazy_loader
 
-_shipped = {
-    "digits": "digits",
-    "digits-cnn": "digits",
-}
-
-
-def names() -> list[str]:
-    """The shipped tasks."""
-    return list(_shipped)
-
-
-def load(reference: str) -> Task:
-    """The shipped task of that name."""
-    if reference not in _shipped:
-        raise BadInput(f"there is no task {reference!r}; there is: {', '.join(_shipped)}, or write a Python file")
-    module = importlib.import_module(f"{__name__}.{_shipped[reference]}")
-    task: Task = getattr(module, reference.replace("-", "_"))
-    return task
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -1,24 +1,23 @@
 """The bytes of tensors alive at once, counted exactly: equal steps give equal numbers on every machine."""
 
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 
-class PeakMemory(TorchDispatchMode):
+class PeakMemory(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the storages of tensors alive at once while it is entered; `peak` is the most bytes there were.
 
     It knows the tensors it is given and every tensor that goes into or comes out of an operation. A storage counts
     once, however many tensors view it, until it is freed. Scratch space inside an operation does not count.
     """
 
-    def __init__(self, alive: Iterable[Any] = ()) -> None:
-        super().__init__()
+    def __init__(self, alive: Any = ()) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
         self.now = self.peak = 0
         self._sizes: dict[weakref.ref[torch.UntypedStorage], int] = {}
         self._count(alive)
@@ -32,24 +31,30 @@ class PeakMemory(TorchDispatchMode):
         return result
 
     def _count(self, values: Any) -> None:
-        for value in tree_leaves(values):
-            if isinstance(value, Tensor):
-                # Equal weak references hash alike, and a storage keeps its Python object for as long as it lives.
-                storage = weakref.ref(value.untyped_storage(), self._freed)
-                if storage not in self._sizes:
-                    self._sizes[storage] = value.untyped_storage().nbytes()
-                    self.now += self._sizes[storage]
+        for tensor in _tensors(values):
+            storage = tensor.untyped_storage()  # the same Python object for as long as the memory is in use
+            reference = weakref.ref(storage, self._freed)
+            if reference not in self._sizes:
+                self._sizes[reference] = storage.nbytes()
+                self.now += self._sizes[reference]
         self.peak = max(self.peak, self.now)
 
     def _freed(self, storage: "weakref.ref[torch.UntypedStorage]") -> None:
         self.now -= self._sizes.pop(storage, 0)
 
 
+def _tensors(values: Any) -> Iterator[Tensor]:
+    if isinstance(values, Tensor):
+        yield values
+    elif isinstance(values, list | tuple):
+        for value in values:
+            yield from _tensors(value)
+    elif isinstance(values, Mapping):
+        for value in values.values():
+            yield from _tensors(value)
+
+
 def optimizer_state_bytes(optimizer: torch.optim.Optimizer) -> int:
     """Bytes of the tensors that an optimizer keeps from step to step, its parameters aside."""
-    storages = {
-        value.untyped_storage()._cdata: value.untyped_storage().nbytes()
-        for value in tree_leaves(list(optimizer.state.values()))
-        if isinstance(value, Tensor)
-    }
+    storages = {value.untyped_storage()._cdata: value.untyped_storage().nbytes() for value in _tensors(optimizer.state)}
     return sum(storages.values())

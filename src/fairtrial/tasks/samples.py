@@ -23,6 +23,7 @@ class Samples:
         y_test: their targets.
         groups: rows with equal numbers stay together when training and validation part are divided; by default each
             row is on its own.
+        num_classes: number of classes; counted if not given, 0 where the targets are numbers.
     """
 
     x: Shaped[Tensor, "n ..."]
@@ -30,11 +31,14 @@ class Samples:
     x_test: Shaped[Tensor, "m ..."]
     y_test: Shaped[Tensor, "m ..."]
     groups: Int[Tensor, " n"] | None = None
+    num_classes: int = -1
 
-    @property
-    def num_classes(self) -> int:
-        """Number of classes; 0 where the targets are numbers."""
-        return 0 if self.y.is_floating_point() else int(self.y.max()) + 1
+    def __post_init__(self) -> None:
+        require(len(self.x) == len(self.y), "y", len(self.y), f"{len(self.x)} rows, as many as x has")
+        require(len(self.x_test) == len(self.y_test), "y_test", len(self.y_test), f"{len(self.x_test)} rows, as x_test")
+        if self.num_classes < 0:
+            counted = 0 if self.y.is_floating_point() else int(self.y.max()) + 1
+            object.__setattr__(self, "num_classes", counted)
 
     @property
     def hash(self) -> str:
@@ -88,6 +92,7 @@ def random_part(
     edges = (torch.arange(len(y) + 1, dtype=torch.float64) * fraction + 1e-9).floor()
     marked = torch.zeros(len(y), dtype=torch.bool)
     marked[order[edges[1:] > edges[:-1]]] = True
+    require(bool(marked.any()), "fraction", fraction, f"enough for at least one of {len(y)} samples")
     return marked
 
 

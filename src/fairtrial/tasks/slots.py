@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from fairtrial.contract import Choice, Slot
+from fairtrial.contract import BadInput, Choice, Slot
 from fairtrial.methods import registry
 from fairtrial.methods.registry import Method
 from fairtrial.tasks import standard
@@ -39,7 +39,7 @@ class Options:
         for entry in self._entries():
             if entry.name == name:
                 return entry.load()
-        raise KeyError(name)
+        raise BadInput(f"no method {name!r} here; there is: {', '.join(self.names())}")
 
     def _entries(self) -> list[registry.Entry]:
         return [entry for entry in registry.index() if entry.slot == self.announced]
@@ -102,5 +102,6 @@ def classification_slots() -> dict[str, Slot]:
 
 
 def regression_slots() -> dict[str, Slot]:
-    """The slots of a task whose targets are numbers."""
-    return {**classification_slots(), "loss": regression_loss_slot()}
+    """The slots of a task whose targets are numbers. Batch transforms and samplers are of classification."""
+    slots = optimizer_slot(), regression_loss_slot(), schedule_slot(), layer_slot()
+    return {slot.name: slot for slot in slots}

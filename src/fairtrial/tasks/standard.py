@@ -1,12 +1,11 @@
 """What PyTorch users reach for anyway: the baselines that stand beside the papers' methods in every slot."""
 
-from typing import Any
-
 import torch
 from jaxtyping import Shaped
 from torch import Tensor, nn, optim
 from torch.optim import lr_scheduler as schedules
 
+from fairtrial.methods.data.mixing import Mixup
 from fairtrial.methods.registry import LogUniform, Method, Uniform
 
 
@@ -45,7 +44,7 @@ OPTIMIZERS = (
 )
 
 CLASSIFICATION_LOSSES = (
-    Method("CrossEntropyLoss", "loss", nn.CrossEntropyLoss, {"label_smoothing": Uniform(0.0, 0.3)}),
+    Method("CrossEntropyLoss", "loss", nn.CrossEntropyLoss),
     Method("MultiMarginLoss", "loss", nn.MultiMarginLoss, {"margin": LogUniform(0.1, 10.0)}),
 )
 
@@ -84,7 +83,16 @@ SCHEDULES = (
     ),
 )
 
-BATCH_TRANSFORMS = (Method("NoTransform", "batch", NoTransform),)
+BATCH_TRANSFORMS = (
+    Method("NoTransform", "batch", NoTransform),
+    Method(
+        "Mixup",
+        "batch",
+        Mixup,
+        {"alpha": LogUniform(0.1, 2.0)},
+        bind=lambda setting: {"num_classes": setting.num_classes},
+    ),
+)
 
 SAMPLERS = (
     Method(
@@ -96,8 +104,3 @@ SAMPLERS = (
 )
 
 LAYERS = (Method("NoSurgery", "layer", no_surgery),)
-
-
-def of_slot(methods: tuple[Method, ...]) -> dict[str, Any]:
-    """Methods by name."""
-    return {method.name: method for method in methods}

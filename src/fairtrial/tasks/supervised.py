@@ -11,10 +11,11 @@ from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from fairtrial.contract import BadInput, Choice, Costs, Diverged, Metric, Outcome, Progress, Slot, Split
+from fairtrial.contract import BadInput, Choice, Costs, Diverged, Outcome, Progress, Slot, Split
+from fairtrial.contract import Metric as Metric
 from fairtrial.methods.arguments import require
 from fairtrial.tasks.samples import Division, Part, Samples, divide
-from fairtrial.tasks.slots import classification_slots
+from fairtrial.tasks.slots import classification_slots, regression_slots
 from fairtrial.tasks.streams import Streams
 from fairtrial.tasks.training import Parts, criterion_of, index_batches, train
 
@@ -81,7 +82,7 @@ class SupervisedTask:
             (n, classes), or to predictions (n,) where the targets are numbers.
         total_steps: optimizer steps of a run.
         batch_size: samples in a step.
-        slots: what may be swapped, `classification_slots()` by default; the loop needs all six of them.
+        slots: what may be swapped: all of `classification_slots()` or `regression_slots()`, or some of them.
         scale: inputs are standardised 'each' feature by itself, or 'all' alike, as the pixels of an image.
         validation: the share of the validation part in what the test leaves.
         also: further measures, recorded beside the metric.
@@ -100,25 +101,37 @@ class SupervisedTask:
     validation: float = 0.2
     also: Mapping[str, Measure] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        require(self.total_steps >= 1, "total_steps", self.total_steps, "at least 1")
+        require(self.batch_size >= 1, "batch_size", self.batch_size, "at least 1")
+        require(self.scale in ("each", "all"), "scale", self.scale, "'each' or 'all'")
+
+    @property
+    def source(self) -> str:
+        """The module that defines the task."""
+        return self.samples.__module__
+
     @property
     def data_hash(self) -> str:
         """Changes when any of the samples does."""
         return self._samples.hash
 
     def check(self, choices: Mapping[str, Choice]) -> None:
-        """Make everything that the choices name and ask for the loss of one batch; nothing is trained."""
+        """Make everything that the choices name, and ask for the loss of one batch; nothing is trained."""
+        self._know(choices)
+        for name, choice in choices.items():
+            self.slots[name].check(choice)
         streams = Streams(0)
         division = self._divide(streams)
-        with streams.globally("training"):
-            parts = self._parts(choices, division, streams, pretraining_steps=1)
-            index = next(index_batches(parts.sampler, self.batch_size))
-            try:
-                inputs, targets = parts.batch(
-                    division.training.x[index], division.training.y[index].flatten(), streams("batch")
-                )
+        try:
+            with streams.globally("training"):
+                parts = self._parts(choices, division, streams, pretraining_steps=1)
+                index = next(index_batches(parts.sampler, self.batch_size))
+                x, y = division.training.x[index], division.training.y[index].flatten()
+                inputs, targets = parts.batch(x, y, streams("batch"))
                 loss = criterion_of(parts)(parts.model(inputs), targets, index)
-            except RuntimeError as error:
-                raise BadInput(f"the choices do not fit together: {error}") from error
+        except RuntimeError as error:  # torch's word for tensors that do not fit
+            raise BadInput(f"the choices do not fit together or to the data: {error}") from error
         if loss.ndim:
             raise BadInput(f"the loss must be a single number, got one of shape {tuple(loss.shape)}")
 
@@ -128,6 +141,7 @@ class SupervisedTask:
         """Train with the choices and measure on `split`. The seed alone decides every draw."""
         start = perf_counter()
         require(split in ("validation", "test"), "split", split, "'validation' or 'test'")
+        self._know(choices)
         streams = Streams(seed)
         division = self._divide(streams)
         curve: list[tuple[int, float]] = []
@@ -154,6 +168,11 @@ class SupervisedTask:
     def _samples(self) -> Samples:
         return self.samples()
 
+    def _know(self, choices: Mapping[str, Choice]) -> None:
+        for name in choices:
+            if name not in self.slots:
+                raise BadInput(f"the task {self.name!r} has no slot {name!r}; it has: {', '.join(self.slots)}")
+
     def _divide(self, streams: Streams) -> Division:
         return divide(self._samples, self.validation, self.scale, streams)
 
@@ -173,10 +192,11 @@ class SupervisedTask:
         self, choices: Mapping[str, Choice], division: Division, streams: Streams, pretraining_steps: int | None = None
     ) -> Parts:
         """Fill the slots. Each draws from streams of its own, so that a swapped one leaves the others as they are."""
-        for name in choices:
-            if name not in self.slots:
-                raise BadInput(f"the task {self.name!r} has no slot {name!r}; it has: {', '.join(self.slots)}")
-        chosen = {name: choices.get(name, slot.default) for name, slot in self.slots.items()}
+        standard = classification_slots()
+        if not self._samples.num_classes:
+            standard.update(regression_slots())
+        slots = {**standard, **self.slots}  # a slot that is not for swapping is filled all the same
+        chosen = {name: slot.default for name, slot in slots.items()} | dict(choices)
         with streams.globally("model"):
             model = self.model()
         setting = Setting(
@@ -194,16 +214,13 @@ class SupervisedTask:
 
         def fill(name: str) -> Any:
             with streams.globally(name):
-                return self.slots[name].build(chosen[name], setting)
+                return slots[name].build(chosen[name], setting)
 
         setting.model = fill("layer")
         loss, batch, sampler = fill("loss"), fill("batch"), fill("sampler")
         setting.optimizer = fill("optimizer")
-        if (
-            hasattr(batch, "criterion")
-            and choices.get("loss", self.slots["loss"].default) != self.slots["loss"].default
-        ):
-            raise BadInput(f"{choices['batch']} brings its own loss: {choices['loss']} cannot be used with it")
+        if hasattr(batch, "criterion") and chosen["loss"] != slots["loss"].default:
+            raise BadInput(f"{chosen['batch']} brings a loss of its own, so {chosen['loss']} cannot be used with it")
         return Parts(setting.model, loss, setting.optimizer, fill("schedule"), batch, sampler)
 
     def _pretrained(

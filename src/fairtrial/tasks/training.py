@@ -8,6 +8,7 @@ from statistics import median
 from time import perf_counter
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Int, Shaped
 from torch import Tensor, nn
@@ -108,7 +109,7 @@ def index_batches(sampler: Iterable[int], batch_size: int) -> Iterator[Int[Tenso
     What does not fill a batch at the end of an epoch is left out, unless the epoch has nothing else.
     """
     while True:
-        epoch = torch.tensor(list(sampler))
+        epoch = torch.from_numpy(np.fromiter(sampler, np.int64))
         if not len(epoch):
             raise ValueError("the sampler must keep at least one sample")
         whole = len(epoch) // batch_size * batch_size
@@ -137,5 +138,5 @@ def tensors_of(parts: Parts) -> list[Any]:
         weights,
         [p.grad for p in weights],
         [buffer for module in modules for buffer in module.buffers()],
-        list(parts.optimizer.state.values()),
+        parts.optimizer.state,
     ]

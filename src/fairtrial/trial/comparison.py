@@ -307,8 +307,8 @@ class _Conduct:
 
 
 def source_of(task: Task, reference: str) -> str:
-    """The module, or the file, that a task comes from."""
+    """The module, or the file, whose code decides what a task does; a task may name it as `source`."""
     path, ending, rest = reference.rpartition(".py")
     if ending and rest[:1] in ("", ":"):
         return path + ending
-    return str(getattr(task, "__module__", type(task).__module__))
+    return str(getattr(task, "source", type(task).__module__))

@@ -6,6 +6,7 @@ A run is recorded in one transaction when it ends. Killing the process at any mo
 import json
 import os
 import sqlite3
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -21,6 +22,7 @@ from fairtrial.contract import BadInput, Costs, Outcome
 from fairtrial.trial.recipe import Run
 
 SCHEMA_VERSION = 1
+PATIENCE = 60  # seconds to wait for another process that writes
 
 schema = sa.MetaData()
 about = sa.Table(
@@ -85,7 +87,7 @@ class Store:
         self.location = str(url) if "://" in os.fspath(location) else os.fspath(location)  # hides a URL's password
         try:
             sqlite = url.get_backend_name() == "sqlite"
-            self.engine = sa.create_engine(url, connect_args={"timeout": 60} if sqlite else {})
+            self.engine = sa.create_engine(url, connect_args={"timeout": PATIENCE} if sqlite else {})
         except (ArgumentError, NoSuchModuleError, ImportError) as error:
             raise StoreError(f"the store {self.location!r} is no usable path or database URL: {error}") from error
         if sqlite:
@@ -215,7 +217,15 @@ def _prepare_file(path: Path) -> None:
 
 
 def _prepare_sqlite(connection: sqlite3.Connection, _: object) -> None:
-    connection.execute("PRAGMA journal_mode=WAL")
+    until = time.monotonic() + PATIENCE
+    while True:
+        try:
+            connection.execute("PRAGMA journal_mode=WAL")
+            break
+        except sqlite3.OperationalError as error:  # unlike all else, the switch to WAL does not wait for its turn
+            if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > until:
+                raise
+            time.sleep(0.01)
     connection.execute("PRAGMA synchronous=NORMAL")
 
 
@@ -235,6 +245,9 @@ def _refuse_foreign_file(path: Path) -> None:
             return
         if not os.access(path, os.W_OK):
             raise StoreError(f"the store {path} is read-only")
+        with path.open("rb") as file:  # SQLite takes any file of a few bytes for an empty database, and overwrites it
+            if len(start := file.read(512)) < 512 or not start.startswith(b"SQLite format 3\0"):
+                raise StoreError(f"the store {path} is damaged or no database: it does not begin like one")
         connection = sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)
     except (OSError, sqlite3.Error) as error:
         raise StoreError(f"the store {path} cannot be opened: {error}") from error

@@ -1,14 +1,15 @@
 """The claims of the Z-loss paper: the output layer's cost, and quality at next-word prediction.
 
-Words instead of the One Billion Word and Penn Treebank corpora: Python's own documentation text, 2000 words, four words
-of context, an MLP. Every loss gets twelve tuning runs: Z-loss spends them on (a, b) and the learning rate, the others on
-the learning rate alone. The learning rate falls along a cosine for all.
+Words instead of the One Billion Word and Penn Treebank corpora: Python's own documentation text, 2000 words, four of
+them as context, an MLP. Every loss gets twelve tuning runs: Z-loss spends them on (a, b) and the learning rate, the
+others on the learning rate alone. The learning rate falls along a cosine for all.
 """
 
 import math
 import re
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from statistics import median
@@ -52,11 +53,13 @@ def _cost(measure: Measure) -> Finding:
         measurements=(
             single("factored step, 100,000 classes over 10,000 classes", flat, "ratio"),
             *(
-                single(f"dense log-softmax step over factored step, {classes:,} classes", ratio[classes], "ratio", paper=paper)
+                single(
+                    f"dense log-softmax step over factored, {classes:,} classes", ratio[classes], "ratio", paper=paper
+                )
                 for classes, paper in ((1_000, ""), (10_000, ""), (100_000, "40 at 793,471 classes"))
             ),
         ),
-        note="Single examples, d = 64, one thread, float32; medians over 30 blocks of steps taken in turn. The factored "
+        note="Single examples, d = 64, one thread, float32; medians over 30 blocks of steps in turn. The factored "
         "step is Python and small tensors: below some thousand classes calling them costs more than it saves.",
     )
 
@@ -75,14 +78,18 @@ def _step_times(classes: int, dim: int) -> tuple[float, float]:
         """Log-softmax, its gradient in h, and the SGD step on all weights."""
         delta = torch.softmax(weight @ h, 0)
         delta[target] -= 1
-        grad_hidden = delta @ weight
+        grad_hidden: Tensor = delta @ weight
         weight.addr_(delta, h, alpha=-0.01)
         return grad_hidden
 
-    times: dict[str, list[float]] = {"factored": [], "dense": []}
+    steps: dict[str, Callable[[Tensor, int], object]] = {
+        "factored": lambda h, target: layer.step(h, target, 0.01),
+        "dense": dense_step,
+    }
+    times: dict[str, list[float]] = {name: [] for name in steps}
     per_block = 20 if classes <= 10_000 else 5
     for block in range(31):
-        for name, step in (("factored", lambda h, c: layer.step(h, c, 0.01)), ("dense", dense_step)):
+        for name, step in steps.items():
             started = time.perf_counter()
             for place in range(per_block):
                 step(hidden[place], targets[place])
@@ -132,9 +139,7 @@ def _quality(measure: Measure) -> Finding:
     ]
     worse = [verdict(difference, -1, 0.005) == "worse" for difference in found]  # the other loss has more errors
     says: Any = "reproduced" if all(worse) else "partly" if all(worse[:2]) else "not reproduced"
-    settings = "; ".join(
-        f"top-{k}: a={tuning[best['Z-loss', k]].a:g}, b={tuning[best['Z-loss', k]].b:g}" for k in TOP
-    )
+    settings = "; ".join(f"top-{k}: a={tuning[best['Z-loss', k]].a:g}, b={tuning[best['Z-loss', k]].b:g}" for k in TOP)
     return Finding(
         claim="spherical-quality",
         verdict=says,
@@ -142,17 +147,15 @@ def _quality(measure: Measure) -> Finding:
         "entropy, each significantly (paired sign-flip test, Holm); partly if only the first holds.",
         seeds=SEEDS,
         measurements=tuple(
-            measured(f"top-{k} error, {name}", errors[name, k], "fraction")
-            for k in TOP
-            for name in ("Z-loss", *names)
+            measured(f"top-{k} error, {name}", errors[name, k], "fraction") for k in TOP for name in ("Z-loss", *names)
         ),
-        note=f"Tuned for each k on validation data with one seed, twelve runs for each loss. Z-loss settings: {settings}.",
+        note=f"Tuned for each k on validation data, one seed, twelve runs for each loss. Z-loss settings: {settings}.",
     )
 
 
 @cache
 def words() -> tuple[Tensor, Tensor]:
-    """Contexts (n, 4) and next words (n,) of the documentation text, as ranks of the 1999 most frequent words or 1999."""
+    """Contexts (n, 4) and next words (n,) of the documentation text, as ranks by frequency; 1999 is any rare word."""
     from pydoc_data.topics import topics
 
     text = re.findall(r"[A-Za-z_]+|[^\sA-Za-z_]", "\n".join(topics[name] for name in sorted(topics)))
@@ -195,16 +198,17 @@ def top_k_errors(run: Training) -> dict[int, float]:
             group["lr"] = run.lr * 0.5 * (1 + math.cos(math.pi * step / STEPS))
         batch = train[torch.randint(len(train), (BATCH,), generator=generator)]
         optimizer.zero_grad()
-        criterion(model(contexts[batch]), targets[batch]).backward()
+        torch.autograd.backward(criterion(model(contexts[batch]), targets[batch]))
         optimizer.step()
     held_out = validation if run.split == "validation" else test
-    scores_of = (lambda o: o.square()) if run.loss == "spherical softmax" else (lambda o: o)
-    if run.loss == "Taylor softmax":
-        scores_of = lambda o: (1 + o).abs()  # noqa: E731  # p grows with 1 + (1 + o)²
     missed = dict.fromkeys(TOP, 0)
     with torch.no_grad():
-        for batch in held_out.split(4096):
-            scores = scores_of(model(contexts[batch]))
+        for batch in torch.split(held_out, 4096):
+            scores = model(contexts[batch])
+            if run.loss == "spherical softmax":
+                scores = scores.abs()
+            elif run.loss == "Taylor softmax":
+                scores = (1 + scores).abs()  # p grows with 1 + (1 + o)²
             rank = (scores > scores.gather(1, targets[batch, None])).sum(1)
             for k in TOP:
                 missed[k] += int((rank >= k).sum())

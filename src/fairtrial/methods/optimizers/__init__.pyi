@@ -2,6 +2,7 @@ from .adamp import SGDP as SGDP
 from .adamp import AdamP as AdamP
 from .frugal import FRUGAL as FRUGAL
 from .frugal import frugal_param_groups as frugal_param_groups
+from .state_size import optimizer_state_bytes as optimizer_state_bytes
 from .tract import TrActConv2d as TrActConv2d
 from .tract import TrActLinear as TrActLinear
 from .tract import tract as tract

@@ -19,7 +19,7 @@ def check_adam(group: Mapping[str, Any]) -> None:
 
 
 def adam_state(like: Tensor) -> dict[str, Tensor]:
-    """A step count of 0 and moments of 0 for a gradient shaped as `like`. The count lies on the CPU, as torch's does."""
+    """A step count, on the CPU as torch keeps it, and two moments for a gradient shaped as `like`, all of them 0."""
     return {
         "step": torch.zeros((), dtype=torch.float32),
         "exp_avg": torch.zeros_like(like, memory_format=torch.preserve_format),
@@ -27,11 +27,16 @@ def adam_state(like: Tensor) -> dict[str, Tensor]:
     }
 
 
+def adam_state_shapes(group: Mapping[str, Any], p: Tensor, saved: Mapping[str, Tensor]) -> dict[str, Sequence[int]]:
+    """The shapes of `adam_state(p)`."""
+    return {"step": (), "exp_avg": p.shape, "exp_avg_sq": p.shape}
+
+
 def adam_direction(
-    grads: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
-    steps: Sequence[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    steps: list[Tensor],
     *,
     betas: tuple[float, float],
     eps: float,
@@ -61,7 +66,7 @@ def adam_direction(
 
 
 def bias_corrections(beta: float, steps: Sequence[Tensor]) -> list[Any]:
-    """1 - beta^step: numbers, or tensors under `torch.compile`, which would otherwise compile every step anew."""
+    """1 - beta^step: numbers, or tensors under `torch.compile`, where every new number would be compiled anew."""
     if torch.compiler.is_compiling():
         log_beta = math.log(beta) if beta > 0 else -math.inf
         return [-torch.expm1(step * log_beta) for step in steps]

@@ -21,25 +21,27 @@ least eps.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from fairtrial.methods.arguments import require
-from fairtrial.methods.optimizers.adam import adam_direction, adam_state, check_adam
+from fairtrial.methods.optimizers.adam import adam_direction, adam_state, adam_state_shapes, check_adam
 from fairtrial.methods.optimizers.torch_contract import (
     batches,
     check_rates,
     check_state,
+    descend_,
     evaluate,
-    params_with_gradient,
+    scalars,
+    with_gradient,
 )
-from fairtrial.methods.registry import LogUniform, Uniform, method
+from fairtrial.methods.registry import LogUniform, method
 
 
 @method(paper="adamp", slot="optimizer", search={"lr": LogUniform(1e-4, 1e-1)})
@@ -69,7 +71,7 @@ class AdamP(Optimizer):
     def __init__(
         self,
         params: ParamsT,
-        lr: float = 1e-3,
+        lr: float | Tensor = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
@@ -99,28 +101,29 @@ class AdamP(Optimizer):
         super().add_param_group(param_group)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        check_state(state, self.defaults, lambda group, p: {"step": (), "exp_avg": p.shape, "exp_avg_sq": p.shape})
+        check_state(self, state, adam_state_shapes)
         super().__setstate__(state)
 
-    @torch.compiler.disable
-    def _gather(self) -> list[tuple[dict[str, Any], tuple[list[Tensor], ...]]]:
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _gather(self) -> list[tuple[dict[str, Any], Tensor, tuple[list[Tensor], ...]]]:
         gathered = []
-        for group, params in zip(self.param_groups, params_with_gradient(self), strict=True):
+        for group, (params, grads) in zip(self.param_groups, with_gradient(self), strict=True):
             for p in params:
                 if not self.state[p]:
                     self.state[p] = adam_state(p)
             lists = [[self.state[p][name] for p in params] for name in ("exp_avg", "exp_avg_sq", "step")]
-            grads = [p.grad for p in params]
-            gathered += [(group, batch) for batch in batches(params, grads, *lists, foreach=group["foreach"])]
+            lr = float(group["lr"])
+            rates = torch.tensor([lr, lr * group["weight_decay"]], dtype=torch.float64)
+            gathered += [(group, rates, batch) for batch in batches(params, grads, *lists, foreach=group["foreach"])]
         return gathered
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update the parameters by their gradients; returns the loss of `closure`, called with gradients enabled."""
         loss = evaluate(closure)
-        for group, (params, grads, exp_avgs, exp_avg_sqs, steps) in self._gather():
+        for group, rates, (params, grads, exp_avgs, exp_avg_sqs, steps) in self._gather():
             if group["maximize"]:
-                grads = torch._foreach_neg(grads)
+                grads = list(torch._foreach_neg(grads))
             updates = adam_direction(
                 grads,
                 exp_avgs,
@@ -130,12 +133,15 @@ class AdamP(Optimizer):
                 eps=group["eps"],
                 nesterov=group["nesterov"],
             )
-            apply_projected_(params, grads, updates, group, decay=group["lr"] * group["weight_decay"])
+            apply_projected_(params, grads, updates, group, rates)
         return loss
 
 
 @method(
-    paper="adamp", slot="optimizer", search={"lr": LogUniform(1e-3, 1.0), "momentum": Uniform(0.5, 0.99)}
+    paper="adamp",
+    slot="optimizer",
+    search={"lr": LogUniform(1e-3, 1.0)},
+    bind=lambda setting: {"momentum": 0.9},  # without momentum there is nothing to project
 )
 class SGDP(Optimizer):
     """SGD with momentum whose update loses its part along scale-invariant weights (Algorithm 1).
@@ -161,7 +167,7 @@ class SGDP(Optimizer):
     def __init__(
         self,
         params: ParamsT,
-        lr: float,
+        lr: float | Tensor,
         momentum: float = 0.0,
         dampening: float = 0.0,
         weight_decay: float = 0.0,
@@ -196,34 +202,34 @@ class SGDP(Optimizer):
         super().add_param_group(param_group)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        check_state(state, self.defaults, lambda group, p: {"momentum_buffer": p.shape})
+        check_state(self, state, lambda group, p, saved: {"momentum_buffer": p.shape})
         super().__setstate__(state)
 
-    @torch.compiler.disable
-    def _gather(self) -> list[tuple[dict[str, Any], tuple[list[Tensor], ...]]]:
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _gather(self) -> list[tuple[dict[str, Any], Tensor, tuple[list[Tensor], ...]]]:
         gathered = []
-        for group, params in zip(self.param_groups, params_with_gradient(self), strict=True):
+        for group, (params, grads) in zip(self.param_groups, with_gradient(self), strict=True):
             for p in params:
                 if not self.state[p]:
                     self.state[p] = {"momentum_buffer": torch.zeros_like(p, memory_format=torch.preserve_format)}
             buffers = [self.state[p]["momentum_buffer"] for p in params]
-            grads = [p.grad for p in params]
-            gathered += [(group, batch) for batch in batches(params, grads, buffers, foreach=group["foreach"])]
+            lr = float(group["lr"])
+            rates = torch.tensor([lr, lr * group["weight_decay"] / (1 - group["momentum"])], dtype=torch.float64)
+            gathered += [(group, rates, batch) for batch in batches(params, grads, buffers, foreach=group["foreach"])]
         return gathered
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update the parameters by their gradients; returns the loss of `closure`, called with gradients enabled."""
         loss = evaluate(closure)
-        for group, (params, grads, buffers) in self._gather():
+        for group, rates, (params, grads, buffers) in self._gather():
             momentum = group["momentum"]
             if group["maximize"]:
-                grads = torch._foreach_neg(grads)
+                grads = list(torch._foreach_neg(grads))
             torch._foreach_mul_(buffers, momentum)
             torch._foreach_add_(buffers, grads, alpha=1 - group["dampening"])
-            updates = torch._foreach_add(grads, buffers, alpha=momentum) if group["nesterov"] else buffers
-            decay = group["lr"] * group["weight_decay"] / (1 - momentum)
-            apply_projected_(params, grads, updates, group, decay=decay)
+            updates = list(torch._foreach_add(grads, buffers, alpha=momentum)) if group["nesterov"] else buffers
+            apply_projected_(params, grads, updates, group, rates)
         return loss
 
 
@@ -233,9 +239,14 @@ def check_projection(group: Mapping[str, Any]) -> None:
 
 
 def apply_projected_(
-    params: list[Tensor], grads: list[Tensor], updates: list[Tensor], group: Mapping[str, Any], *, decay: float
+    params: list[Tensor],
+    grads: list[Tensor],
+    updates: list[Tensor],
+    group: Mapping[str, Any],
+    rates: Float[Tensor, "2"],
 ) -> None:
-    """w ← w (1 - decay · r) - lr Π(u), where r is wd_ratio for what Π projects and 1 for the rest."""
+    """w ← w (1 - decay · r) - lr Π(u) with rates (lr, decay); r is wd_ratio for what Π projects and 1 for the rest."""
+    lr, decay = scalars(rates)
     updates = list(updates)
     at = [i for i, p in enumerate(params) if p.ndim > 1]
     if at:
@@ -245,12 +256,12 @@ def apply_projected_(
         )
         for i, update in zip(at, tangential, strict=True):
             updates[i] = update
-        if decay:
+        if group["weight_decay"]:
             torch._foreach_mul_(matrices, [1 - decay * (1 - (1 - group["wd_ratio"]) * hit) for hit in invariant])
     vectors = [p for p in params if p.ndim <= 1]
-    if decay and vectors:
+    if vectors and group["weight_decay"]:
         torch._foreach_mul_(vectors, 1 - decay)
-    torch._foreach_add_(params, updates, alpha=-group["lr"])
+    descend_(params, updates, lr)
 
 
 def without_radial_part(
@@ -270,33 +281,24 @@ def without_radial_part(
     dots = [(g * w).sum(d, dtype=dtype) for g, w, d in zip(grads, params, dims, strict=True)]
     g_rows = [torch.linalg.vector_norm(g, dim=d, dtype=dtype) for g, d in zip(grads, dims, strict=True)]
     w_rows = [torch.linalg.vector_norm(w, dim=d, dtype=dtype) for w, d in zip(params, dims, strict=True)]
-
-    cosines = absolute_cosines(torch.cat(dots), torch.cat(g_rows), torch.cat(w_rows), eps)
-    peaks = torch._foreach_max(cosines.split([len(p) for p in params]))
-    by_row = below(peaks, [delta * (len(p) / p.numel()) ** 0.5 for p in params])
-
     g_norms, w_norms = torch.stack(torch._foreach_norm(g_rows)), torch.stack(torch._foreach_norm(w_rows))
-    cosines = absolute_cosines(torch.stack([dot.sum() for dot in dots]), g_norms, w_norms, eps)
-    invariant = by_row | below(cosines.unbind(), [delta / p.numel() ** 0.5 for p in params])
+
+    # one cosine for every channel of every tensor, then one for every tensor
+    products = torch.cat([*dots, torch.stack([dot.sum() for dot in dots])]).abs()
+    lengths = torch.cat([*g_rows, g_norms]).clamp(min=eps) * torch.cat([*w_rows, w_norms]).clamp(min=eps)
+    *by_channel, whole = (products / lengths).split([*map(len, params), len(params)])
+    limits = [[delta * (len(p) / p.numel()) ** 0.5 for p in params], [delta / p.numel() ** 0.5 for p in params]]
+    peaks = torch.stack([torch.stack([cosines.amax() for cosines in by_channel]), whole])
+    fires = peaks < torch.tensor(limits, dtype=dtype, device=whole.device)
+    invariant = fires.any(0)
 
     readable = invariant.device.type == "cpu" and not torch.compiler.is_compiling()
-    updates = list(updates)
+    updates, invariants = list(updates), invariant.unbind()
     for i in invariant.nonzero()[:, 0].tolist() if readable else range(len(updates)):
-        u, w = updates[i], params[i]
+        u, w, per_channel = updates[i], params[i], fires[0, i]
         dot = (u * w).sum(dims[i], dtype=dtype)
-        dot = torch.where(by_row[i], dot, dot.sum())
-        norm = torch.where(by_row[i], w_rows[i], w_norms[i]) + eps
-        along = torch.where(invariant[i], dot / norm.square(), 0.0).to(w.dtype)
+        dot = torch.where(per_channel, dot, dot.sum())
+        norm = torch.where(per_channel, w_rows[i], w_norms[i]) + eps
+        along = torch.where(invariants[i], dot / norm.square(), 0.0).to(w.dtype)
         updates[i] = torch.addcmul(u, along.view(-1, *[1] * len(dims[i])), w, value=-1)
     return updates, invariant.tolist() if readable else list(invariant.to(dtype).unbind())
-
-
-def absolute_cosines(
-    dots: Float[Tensor, " n"], x_norms: Float[Tensor, " n"], y_norms: Float[Tensor, " n"], eps: float
-) -> Float[Tensor, " n"]:
-    return dots.abs() / (x_norms.clamp(min=eps) * y_norms.clamp(min=eps))
-
-
-def below(xs: Sequence[Float[Tensor, ""]], limits: list[float]) -> Bool[Tensor, " n"]:
-    """x < limit for numbers on any device, without carrying the limits over to it."""
-    return torch.stack(torch._foreach_sub(xs, limits)) < 0

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from fairtrial.methods.arguments import require
@@ -27,23 +28,25 @@ def evaluate(closure: Callable[[], Any] | None) -> Any:
         return closure()
 
 
-def params_with_gradient(optimizer: torch.optim.Optimizer) -> list[list[Tensor]]:
-    """The parameters to update, group by group: those that have a gradient and at least one element.
+def with_gradient(optimizer: torch.optim.Optimizer) -> list[tuple[list[Tensor], list[Tensor]]]:
+    """The parameters of each group that have a gradient and at least one element, and their gradients.
 
     Raises:
         RuntimeError: a gradient is sparse or complex.
     """
-    chosen = [[p for p in group["params"] if p.grad is not None and p.numel()] for group in optimizer.param_groups]
-    for params in chosen:
-        for p in params:
-            if p.grad.layout != torch.strided:
-                raise RuntimeError(f"{type(optimizer).__name__} does not support sparse gradients ({p.grad.layout})")
+    found = []
+    for group in optimizer.param_groups:
+        pairs = [(p, p.grad) for p in group["params"] if p.grad is not None and p.numel()]
+        for p, grad in pairs:
+            if grad.layout != torch.strided:
+                raise RuntimeError(f"{type(optimizer).__name__} does not support sparse gradients ({grad.layout})")
             if p.is_complex():
                 raise RuntimeError(f"{type(optimizer).__name__} does not support complex parameters ({p.dtype})")
-    return chosen
+        found.append(([p for p, _ in pairs], [grad for _, grad in pairs]))
+    return found
 
 
-def batches(*lists: Sequence[Tensor], foreach: bool) -> Iterator[tuple[list[Tensor], ...]]:
+def batches(*lists: list[Tensor], foreach: bool) -> Iterator[tuple[list[Tensor], ...]]:
     """Split parallel lists by device and dtype of the first; without `foreach` every tensor is a batch of its own."""
     indices: dict[Any, list[int]] = {}
     for i, p in enumerate(lists[0]):
@@ -52,27 +55,44 @@ def batches(*lists: Sequence[Tensor], foreach: bool) -> Iterator[tuple[list[Tens
         yield tuple([tensors[i] for i in chosen] for tensors in lists)
 
 
+def scalars(values: Float[Tensor, " n"]) -> list[Any]:
+    """The values as numbers; under `torch.compile` as tensors, since every new number would be compiled anew."""
+    return list(values.unbind()) if torch.compiler.is_compiling() else values.tolist()
+
+
+def descend_(params: list[Tensor], updates: list[Tensor], lr: float | Float[Tensor, ""]) -> None:
+    """w ← w - lr u."""
+    if isinstance(lr, Tensor):
+        torch._foreach_sub_(params, torch._foreach_mul(updates, lr))
+    else:
+        torch._foreach_add_(params, updates, alpha=-lr)
+
+
 def check_state(
+    optimizer: torch.optim.Optimizer,
     state: Mapping[str, Any],
-    hyperparameters: Mapping[str, Any],
-    shapes: Callable[[Mapping[str, Any], Tensor], Mapping[str, Sequence[int]]],
+    shapes: Callable[[Mapping[str, Any], Tensor, Mapping[str, Tensor]], Mapping[str, Sequence[int]]],
 ) -> None:
-    """Refuse what `Optimizer.__setstate__` is about to take if it is another optimizer's or another model's.
+    """Refuse a loaded state of another optimizer or model, before `Optimizer.__setstate__` takes it.
 
     Args:
-        state: 'param_groups', and 'state' for each of their parameters that has one.
-        hyperparameters: the names that every group must hold.
-        shapes: for a group and one of its parameters, the state tensors it may have and their shapes.
+        optimizer: the one that loads it.
+        state: what `__setstate__` is given: 'param_groups', and 'state' by parameter; a pickle, which also holds
+            'defaults', is taken as it is.
+        shapes: of the state tensors that a parameter of a group must have, given those that it does have.
 
     Raises:
-        ValueError: a name is missing, is not known here, or stands for a tensor of another shape.
+        ValueError: a hyperparameter or tensor is missing, unknown or of another shape.
     """
+    if "defaults" in state:
+        return
+    # unpickling adds `differentiable` to the defaults, but not to the groups
+    names = optimizer.defaults.keys() - {"differentiable"}
     for group in state["param_groups"]:
-        missing = hyperparameters.keys() - group.keys()
-        require(not missing, "state_dict", f"parameter groups without {sorted(missing)}", "of the same optimizer")
+        missing = sorted(names - group.keys())
+        require(not missing, "state_dict", f"a parameter group without {missing}", f"of {type(optimizer).__name__}")
         for p in group["params"]:
-            saved = state["state"].get(p)
-            if saved:
+            if saved := state["state"].get(p):
                 found = {name: tuple(value.shape) for name, value in saved.items()}
-                expected = {name: tuple(shape) for name, shape in shapes(group, p).items()}
+                expected = {name: tuple(shape) for name, shape in shapes(group, p, saved).items()}
                 require(found == expected, "state_dict", found, f"{expected} for a parameter of shape {tuple(p.shape)}")

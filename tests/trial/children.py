@@ -1,0 +1,102 @@
+"""What the tests have other processes do. They are forked from a server that has imported the bench once."""
+
+import json
+import multiprocessing
+import os
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import toy
+
+from fairtrial.contract import Choice, Outcome
+from fairtrial.trial.comparison import compare
+from fairtrial.trial.execute import Inline, Job, Local
+from fairtrial.trial.recipe import Recipe, Run
+from fairtrial.trial.store import Store, StoreError
+
+context = multiprocessing.get_context("forkserver")
+context.set_forkserver_preload(["fairtrial.trial.comparison", "optuna", "scipy.stats", "torch"])
+
+PATIENCE = 120  # seconds until a test that waits gives up; nothing is ever measured by it
+
+
+def start(function: Any, *arguments: Any) -> Any:
+    process = context.Process(target=function, args=arguments)
+    process.start()
+    return process
+
+
+def wait_for(condition: Any) -> None:
+    for _ in range(PATIENCE * 100):
+        if condition():
+            return
+        time.sleep(0.01)
+    raise TimeoutError("what was waited for has not come about")
+
+
+def lives(pid: int) -> bool:
+    """Whether a process is there and is more than an exit code that nobody has fetched."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return state not in "ZX"
+
+
+def job(how: str, seed: int = 0, split: Any = "test", task: str = "toy", **params: Any) -> Job:
+    choices = {"optimizer": Choice("Broken", {"how": how, **params}), "filter": Choice("Clean")}
+    return Job(Run(Recipe(task, choices), seed, split))
+
+
+def put(store: Store, seed: int, outcome: Outcome | None = None, task: str = "toy") -> str:
+    """Record a run that nobody has carried out."""
+    run = job("raise", seed).run
+    key = run.key(task=task, version=1, fingerprint="f")
+    store.put(key, run, task, 1, "f", outcome or Outcome(seed / 10))
+    return key
+
+
+def write_runs(location: str, go: str, first: int, count: int) -> None:
+    wait_for(Path(go).exists)
+    with Store(location) as store:
+        for seed in range(first, first + count):
+            put(store, seed)
+
+
+def write_until_full(location: str, limit: int, told: str) -> None:
+    """Files may grow no further than `limit` bytes: as on a full disk."""
+    with Store(location) as store:
+        put(store, 0)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+        written = 1
+        try:
+            while written < 10_000:
+                put(store, written, Outcome(0.0, error="x" * 2000))
+                written += 1
+        except StoreError as error:
+            Path(told).write_text(json.dumps([written, str(error)]))
+
+
+def compare_into(location: str, answer: str, reference: str, wanted: dict[str, str], trials: int, seeds: int) -> None:
+    with Store(location) as store, Inline(toy.load) as executor:
+        found = compare(toy.load, reference, wanted, executor=executor, store=store, trials=trials, seeds=seeds)
+        Path(answer).write_text(json.dumps(found.as_json()))
+
+
+def keep_workers_busy(told: str, workers: int, started: bool) -> None:
+    """Tells its workers' process ids, if wanted when all have started their jobs; exits with 130 when interrupted."""
+    log = Path(told + ".log")
+    log.touch()
+    try:
+        with Local(toy.load, workers) as executor:
+            for seed in range(workers):
+                executor.submit(job("sleep", seed, task=f"toy log={log}"))
+            wait_for(lambda: not started or log.read_text().count("\n") == workers)
+            Path(told).write_text(json.dumps([worker.process.pid for worker in executor.workers]))
+            os.rename(told, told + ".json")
+            executor.next()
+    except KeyboardInterrupt:
+        sys.exit(130)
