@@ -47,7 +47,7 @@ def main(pairs: int = 15) -> None:
                     through_the_bench(Path(folder))
                 else:
                     for _ in range(2 * SEEDS):
-                        plain(*parts, steps=task.total_steps)
+                        plain(*parts)
                 times[which] = perf_counter() - start
         if pair >= 0:  # the first pair imports and allocates
             ratios.append(times["bench"] / times["plain"])

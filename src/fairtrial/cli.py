@@ -166,8 +166,15 @@ def compare(
             metavar="SLOT=METHOD,METHOD…", help="optimizer=AdamW,FRUGAL(density=0.25); the first is the baseline."
         ),
     ],
-    trials: Annotated[int, typer.Option(help="Tuning runs of each recipe.")] = 8,
-    seeds: Annotated[int, typer.Option(help="Evaluation seeds.")] = 10,
+    trials: Annotated[int, typer.Option(help="Tuning runs of each recipe, for each evaluation seed.")] = 8,
+    seeds: Annotated[int, typer.Option(help="Evaluation seeds; with --until-decided as many at most.")] = 10,
+    until_decided: Annotated[
+        bool, typer.Option("--until-decided", help="Add seeds in steps and stop when every verdict is in.")
+    ] = False,
+    tune_once: Annotated[
+        bool,
+        typer.Option("--tune-once", help="Tune once for all seeds: cheap, but judges configurations, not methods."),
+    ] = False,
     executor: Annotated[str, typer.Option(help="inline: in this process; local: worker processes.")] = "local",
     workers: Annotated[int | None, typer.Option(help="Worker processes; one for each CPU unless given.")] = None,
     store: StoreOption = None,
@@ -201,6 +208,8 @@ def compare(
                 store=kept,
                 trials=trials,
                 seeds=seeds,
+                until_decided=until_decided,
+                tune_once=tune_once,
                 progress=progress,
             )
         except KeyboardInterrupt:

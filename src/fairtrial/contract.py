@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
 Split = Literal["validation", "test"]
-Ended = Literal["finished", "pruned", "diverged", "died"]
+Ended = Literal["finished", "pruned", "diverged", "died", "lost"]
 
 
 class BadInput(ValueError):
@@ -31,7 +31,7 @@ class Metric:
         direction: which way is better.
         unit: what a value counts, for people: 'fraction', 'bits per byte'.
         margin: the smallest difference that matters in practice; closer than that counts as equivalent.
-        worst: the value of a run that diverged or died.
+        worst: the value of a run that diverged, died or was lost.
     """
 
     name: str
@@ -160,8 +160,9 @@ class Outcome:
     """What a run measured, and how it ended.
 
     Attributes:
-        value: the task's metric; the worst value if the run diverged or died.
-        ended: 'finished'; 'pruned' as hopeless while tuning; 'diverged'; 'died' (an error, or its process was killed).
+        value: the task's metric; the worst value if the run failed.
+        ended: 'finished'; 'pruned' as hopeless while tuning; 'diverged'; 'died' of an error; 'lost' with its process,
+            time and again, and therefore not kept in a store.
         metrics: whatever else the task measured.
         curve: (step, metric on validation data) as training went on.
         costs: see `Costs`.
@@ -179,7 +180,7 @@ class Outcome:
 
     @property
     def failed(self) -> bool:
-        return self.ended in ("diverged", "died")
+        return self.ended in ("diverged", "died", "lost")
 
 
 class Progress(Protocol):

@@ -21,7 +21,7 @@ from fairtrial.methods.registry import index
 
 OPTIMIZERS = [entry for entry in index() if entry.slot == "optimizer"]
 BATCHES = 4
-LONG_RUN = 430  # steps: enough to pass twice through what repeats every 200
+SAVED_AT, LONG_RUN = 185, 215  # steps; in between comes what repeats every 200
 
 each_optimizer = pytest.mark.parametrize("entry", OPTIMIZERS, ids=[entry.name for entry in OPTIMIZERS])
 
@@ -77,11 +77,11 @@ class Middle:
 
 
 def build(entry, model, **options):
-    """The optimizer as a task would make it, in the middle of its search space but with lr = 0.01."""
+    """The optimizer as a task would make it, in the middle of its search space, of which lr has to be a part."""
     method = entry.load()
     setting = SimpleNamespace(model=model, generator=torch.Generator().manual_seed(7), total_steps=100)
     searched = {name: space.suggest(Middle(), name) for name, space in method.search.items()}
-    return method.factory(**{"params": model.parameters(), **method.bind(setting), **searched, "lr": 0.01, **options})
+    return method.factory(**{"params": model.parameters(), **method.bind(setting), **searched, **options})
 
 
 def groups_of(entry, model):
@@ -135,15 +135,15 @@ def test_training_lowers_the_loss_and_leaves_leaves(entry):
     model = new_model()
     optimizer = build(entry, model)
     assert isinstance(optimizer, torch.optim.Optimizer)
-    before = sum(float(loss_of(model, i)) for i in range(BATCHES))
+    before = sum(loss_of(model, i).item() for i in range(BATCHES))
     run(model, optimizer, 60)
-    assert sum(float(loss_of(model, i)) for i in range(BATCHES)) < 0.8 * before
+    assert sum(loss_of(model, i).item() for i in range(BATCHES)) < 0.8 * before
     assert all(p.is_leaf and p.requires_grad for p in model.parameters())
 
 
 @each_optimizer
-def test_a_convex_quadratic_is_solved_within_600_steps(entry):
-    model = nn.Sequential(*[nn.Linear(4, 4) for _ in range(6)])
+def test_a_convex_quadratic_is_solved_within_1000_steps(entry):
+    model = nn.Sequential(*[nn.Linear(4, 4) for _ in range(4)])
     generator = torch.Generator().manual_seed(0)
     goals = [torch.randn(p.shape, generator=generator) for p in model.parameters()]
     curvatures = [torch.rand(p.shape, generator=generator) + 0.1 for p in model.parameters()]
@@ -154,15 +154,15 @@ def test_a_convex_quadratic_is_solved_within_600_steps(entry):
     def loss():
         return sum((c * (p - g) ** 2).sum() for p, g, c in zip(model.parameters(), goals, curvatures, strict=True))
 
-    optimizer = build(entry, model, lr=0.05)
-    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=600)
-    before = float(loss())
-    for _ in range(600):
+    optimizer = build(entry, model, lr=entry.load().search["lr"].high / 2)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=1000)
+    before = loss().item()
+    for _ in range(1000):
         optimizer.zero_grad()
         loss().backward()
         optimizer.step()
         schedule.step()
-    assert float(loss()) < 1e-3 * before
+    assert loss().item() < 1e-3 * before
 
 
 @each_optimizer
@@ -271,7 +271,7 @@ def test_weight_decay_shrinks_weights_without_gradient(entry):
         p.grad = torch.zeros_like(p)
     optimizer.step()
     for p, old in zip(model.parameters(), before, strict=True):
-        assert p.numel() == 0 or float(p.abs().sum()) < float(old.abs().sum())
+        assert p.numel() == 0 or p.detach().abs().sum() < old.abs().sum()
 
 
 @each_optimizer
@@ -291,9 +291,9 @@ def test_sparse_and_complex_are_refused_before_anything_changes(entry):
     model = new_model()
     optimizer = build(entry, model)
     run(model, optimizer, 2)
-    before = snapshot(model, optimizer)
     loss_of(model, 2).backward()
-    model.head.weight.grad = torch.sparse_coo_tensor([[0], [1]], [1.0], model.head.weight.shape)
+    before = snapshot(model, optimizer)
+    model.head.weight.grad = torch.ones_like(model.head.weight).to_sparse()
     with pytest.raises(RuntimeError, match="sparse"):
         optimizer.step()
     assert_equal(snapshot(model, optimizer), before)
@@ -324,7 +324,7 @@ def test_a_resumed_run_is_the_same_bit_for_bit(entry, dtype):
         assert p.dtype == dtype
         assert p.isfinite().all()
     for state in optimizer.state.values():
-        assert all(value.dtype == dtype for name, value in state.items() if value.numel() > 1)
+        assert all(value.dtype == dtype for value in state.values() if value.is_floating_point() and value.ndim)
 
 
 def test_a_run_is_resumed_in_a_fresh_process(tmp_path):
@@ -332,9 +332,9 @@ def test_a_run_is_resumed_in_a_fresh_process(tmp_path):
     for entry in OPTIMIZERS:
         model = new_model()
         optimizer = build(entry, model)
-        run(model, optimizer, 150)
+        run(model, optimizer, SAVED_AT)
         torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / entry.name)
-        ends[entry.name] = run(model, optimizer, LONG_RUN - 150, start=150)
+        ends[entry.name] = run(model, optimizer, LONG_RUN - SAVED_AT, start=SAVED_AT)
     subprocess.run([sys.executable, __file__, str(tmp_path)], check=True, timeout=120)
     for name, end in ends.items():
         assert_equal(torch.load(tmp_path / f"{name}.end", weights_only=True), end.state_dict())
@@ -347,23 +347,20 @@ def resume(folder):
         optimizer = build(entry, model)
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
-        run(model, optimizer, LONG_RUN - 150, start=150)
+        run(model, optimizer, LONG_RUN - SAVED_AT, start=SAVED_AT)
         torch.save(model.state_dict(), f"{folder}/{entry.name}.end")
 
 
 @each_optimizer
-def test_a_state_can_be_loaded_twice_and_is_not_tied_to_its_source(entry):
-    model = new_model()
-    optimizer = build(entry, model)
+def test_a_state_can_be_loaded_into_an_optimizer_that_has_one(entry):
+    model, other = new_model(), new_model(1)
+    optimizer, second = build(entry, model), build(entry, other)
     run(model, optimizer, 3)
-    saved = optimizer.state_dict()
-    kept = copy.deepcopy(saved)
-    other = copy.deepcopy(model)
-    second = build(entry, other)
+    run(other, second, 5)
+    other.load_state_dict(model.state_dict())
     for _ in range(2):
-        second.load_state_dict(saved)
+        second.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     run(other, second, 3, start=3)
-    assert_equal(saved, kept)
     run(model, optimizer, 3, start=3)
     assert_equal(model, other)
 
@@ -423,9 +420,8 @@ def test_a_gradient_that_is_not_finite_spoils_its_own_tensor_only(entry):
     spoilt, clean = new_model(), new_model()
     optimizers = build(entry, spoilt), build(entry, clean)
     for number in range(3):
-        for model, optimizer in zip((spoilt, clean), optimizers, strict=True):
-            model.zero_grad()
-            loss_of(clean, number).backward() if model is clean else None
+        clean.zero_grad()
+        loss_of(clean, number).backward()
         for p, q in zip(spoilt.parameters(), clean.parameters(), strict=True):
             p.grad = q.grad.clone()
         if number == 1:
@@ -461,7 +457,7 @@ def test_a_gradient_scaler_skips_what_has_overflowed(entry):
 
 
 @each_optimizer
-def test_it_can_be_compiled_once_for_all_steps_of_a_schedule(entry):
+def test_it_can_be_compiled_once_for_all_steps_of_a_schedule(entry, unchecked):
     torch.compiler.reset()
     compiled, eager = new_model(), new_model()
     optimizers = build(entry, compiled, weight_decay=0.1), build(entry, eager, weight_decay=0.1)
@@ -519,8 +515,8 @@ def test_arguments_out_of_range_are_refused_by_name(entry, unchecked):
         for value in values if takes(entry, name) else ():
             with pytest.raises(ValueError, match=name):
                 build(entry, model, **{name: value})
+            group = {**groups_of(entry, model)[0], name: value}
             with pytest.raises(ValueError, match=name):
-                group = {**groups_of(entry, model)[0], name: value}
                 build(entry, model, params=[group])
     with pytest.raises(ValueError, match="empty"):
         build(entry, model, params=[])

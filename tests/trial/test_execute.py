@@ -2,13 +2,14 @@ import json
 import os
 import signal
 from dataclasses import replace
+from typing import get_args
 
 import children
 import pytest
 import toy
 from children import job
 
-from fairtrial.contract import BadInput, Choice, Costs, Outcome
+from fairtrial.contract import BadInput, Choice, Costs, Ended, Outcome
 from fairtrial.trial.execute import ATTEMPTS, Inline, Job, Local, carry_out
 from fairtrial.trial.recipe import Recipe, Run
 
@@ -171,13 +172,13 @@ def test_a_worker_that_is_killed_once_has_its_run_tried_again(local, tmp_path):
     assert [outcome.ended for outcome in found] == ["finished"] * 3
 
 
-def test_a_run_that_always_takes_its_worker_along_has_died_and_its_neighbours_have_not(capfd):
+def test_a_run_that_always_takes_its_worker_along_is_lost_and_its_neighbours_are_not(capfd):
     printing = job("print", where="worker")
     with Local(toy.load, 1) as executor:
-        died, printed = outcomes(executor, [job("kill"), printing])
+        lost, printed = outcomes(executor, [job("kill"), printing])
         assert executor.attempts == {}
-    assert (died.ended, died.value) == ("died", 0.0)
-    assert died.error == f"its worker process ended by signal 9, {ATTEMPTS} times"
+    assert (lost.ended, lost.value) == ("lost", 0.0)
+    assert lost.error == f"its worker process ended by signal 9, {ATTEMPTS} times"
     assert printed.ended == "finished"
     told = capfd.readouterr()  # nothing that a worker prints reaches stdout either
     assert told.out == ""
@@ -222,5 +223,5 @@ def test_no_worker_stays_behind_when_its_parent_ends(sent, code, workers, starte
     children.wait_for(lambda: not any(children.lives(worker) for worker in workers))
 
 
-def test_an_outcome_is_a_failure_only_if_it_diverged_or_died():
-    assert [Outcome(0.0, ended).failed for ended in ("finished", "pruned", "diverged", "died")] == [0, 0, 1, 1]
+def test_an_outcome_is_a_failure_only_if_it_diverged_died_or_was_lost():
+    assert [Outcome(0.0, ended).failed for ended in get_args(Ended)] == [0, 0, 1, 1, 1]

@@ -8,7 +8,6 @@ from typing import Generic, TypeVar
 from fairtrial.claims.measure import Measure
 from fairtrial.contract import Split
 from fairtrial.methods.arguments import require
-from fairtrial.trial.statistics import Difference, differences
 
 FIRST_TUNING_SEED = 1_000_000  # evaluation seeds count from 0; the two never meet
 
@@ -62,13 +61,3 @@ def evaluate(
     runs = [Run(setting, seed, "test") for seed in range(seeds) for setting in chosen.values()]
     results = measure.map(function, runs)
     return {arm: results[place :: len(chosen)] for place, arm in enumerate(chosen)}
-
-
-def paired(values: Sequence[float], baseline: Sequence[float]) -> list[float]:
-    """Differences seed by seed."""
-    return [value - other for value, other in zip(values, baseline, strict=True)]
-
-
-def judged(gains: Sequence[Sequence[float]]) -> list[Difference]:
-    """Paired differences to baselines of their own, corrected over all of them."""
-    return differences([0.0] * len(gains[0]), gains)

@@ -11,7 +11,6 @@ from rich.text import Text
 from fairtrial.catalog import Catalogue, Measurement, Paper
 from fairtrial.contract import Slot, Task
 from fairtrial.trial.comparison import Comparison, Judged
-from fairtrial.trial.statistics import fewest_seeds
 from fairtrial.trial.store import Stored
 
 COLOURS = {
@@ -106,19 +105,28 @@ def size(count: int | None) -> str:
 
 def _notes(comparison: Comparison) -> Iterator[Text]:
     seeds, margin = len(comparison.evaluation_seeds), comparison.metric.margin
+    tuned = f"{comparison.trials} tuning runs on validation data"
+    if len(comparison.tuning_seeds) < seeds:
+        how = f"Each recipe was tuned once, by {tuned}, and run on {seeds} fresh seeds, on test data. Verdicts speak "
+        how += "of the configurations that this tuning happened to find, not of the methods."
+    else:
+        how = f"{seeds} fresh seeds; for each of them a tuning of its own, by {tuned}, and a run of its best "
+        how += "configuration on test data."
     yield Text(
-        f"{comparison.trials} tuning runs each on validation data, then {seeds} fresh seeds each on test data. "
-        f"Differences and costs are paired by seed with the baseline; a difference under {margin:g} "
-        f"{comparison.metric.unit} counts as equivalent.",
+        f"{how} Differences and costs are paired by seed with the baseline; a difference under {margin:g} "
+        f"({comparison.metric.unit}) counts as equivalent.",
         style="dim",
     )
     if not comparison.decidable:
-        needed = fewest_seeds(len(comparison.recipes) - 1)
+        needed = comparison.fewest_seeds
         yield Text(
             f"With {seeds} seeds no difference can be significant, however large: nothing is decided. "
             f"Use --seeds {needed} or more.",
             style="yellow",
         )
+    if comparison.until_decided:
+        stopped = comparison.until_decided
+        yield Text(f"Stopped after {seeds} of {stopped.budget} seeds: {stopped.runs} runs, {stopped.saved} saved.")
     for judged in comparison.recipes:
         if judged.failed:
             first = next(outcome for outcome in judged.outcomes if outcome.failed)
@@ -138,9 +146,9 @@ def _notes(comparison: Comparison) -> Iterator[Text]:
             )
     for judged in comparison.recipes:
         by_slot = judged.tuned.params.items()
-        tuned = [f"{slot}.{key} = {_short(value)}" for slot, params in by_slot for key, value in params.items()]
-        if tuned:
-            yield Text(f"{judged.name} was tuned to " + ", ".join(tuned), style="dim")
+        tuned_to = [f"{slot}.{key} = {_short(value)}" for slot, params in by_slot for key, value in params.items()]
+        if tuned_to:
+            yield Text(f"{judged.name} did best on validation data with " + ", ".join(tuned_to), style="dim")
 
 
 def _short(value: object) -> str:

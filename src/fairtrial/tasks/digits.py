@@ -48,7 +48,7 @@ digits = SupervisedTask(
     also={"cross entropy": cross_entropy},
     samples=samples,
     model=perceptron,
-    total_steps=1000,
+    total_steps=240,
     scale="all",
 )
 
@@ -60,6 +60,6 @@ digits_cnn = SupervisedTask(
     also={"cross entropy": cross_entropy},
     samples=samples,
     model=convolutional,
-    total_steps=300,
+    total_steps=160,
     scale="all",
 )

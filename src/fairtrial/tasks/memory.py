@@ -1,19 +1,21 @@
-"""The bytes of tensors alive at once, counted exactly: equal steps give equal numbers on every machine."""
+"""The bytes of tensors alive at once, counted exactly: equal steps give equal numbers."""
 
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from fairtrial.methods.optimizers.state_size import tensors_within
 
 
 class PeakMemory(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the storages of tensors alive at once while it is entered; `peak` is the most bytes there were.
 
     It knows the tensors it is given and every tensor that goes into or comes out of an operation. A storage counts
-    once, however many tensors view it, until it is freed. Scratch space inside an operation does not count.
+    once, however many tensors view it, until it is freed. Scratch space inside an operation does not count, nor do
+    sparse tensors, which have no storage.
     """
 
     def __init__(self, alive: Any = ()) -> None:
@@ -31,7 +33,9 @@ class PeakMemory(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return result
 
     def _count(self, values: Any) -> None:
-        for tensor in _tensors(values):
+        for tensor in tensors_within(values):
+            if tensor.layout is not torch.strided:
+                continue
             storage = tensor.untyped_storage()  # the same Python object for as long as the memory is in use
             reference = weakref.ref(storage, self._freed)
             if reference not in self._sizes:
@@ -41,20 +45,3 @@ class PeakMemory(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _freed(self, storage: "weakref.ref[torch.UntypedStorage]") -> None:
         self.now -= self._sizes.pop(storage, 0)
-
-
-def _tensors(values: Any) -> Iterator[Tensor]:
-    if isinstance(values, Tensor):
-        yield values
-    elif isinstance(values, list | tuple):
-        for value in values:
-            yield from _tensors(value)
-    elif isinstance(values, Mapping):
-        for value in values.values():
-            yield from _tensors(value)
-
-
-def optimizer_state_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Bytes of the tensors that an optimizer keeps from step to step, its parameters aside."""
-    storages = {value.untyped_storage()._cdata: value.untyped_storage().nbytes() for value in _tensors(optimizer.state)}
-    return sum(storages.values())

@@ -16,7 +16,8 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from fairtrial.contract import Costs, Diverged
-from fairtrial.tasks.memory import PeakMemory, optimizer_state_bytes
+from fairtrial.methods.optimizers.state_size import optimizer_state_bytes
+from fairtrial.tasks.memory import PeakMemory
 
 MEMORY_STEP = 2  # the step whose memory is counted: the optimizer has its state by then
 SETTLED = 5  # so many steps pass before their time is taken

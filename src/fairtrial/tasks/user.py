@@ -45,7 +45,7 @@ def _load(path: Path, name: str | None, changed: int) -> Task:
         raise BadInput(f"{path.name} has no {name!r}; tasks in it: {there}")
     task = vars(module)[name]
     if isinstance(task, type):
-        with _blaming(path, f"{name}()"):
+        with _blaming(path, f"making {name}"):
             task = task()
     _check_members(task, f"{path.name}: {name}")
     checked: Task = task

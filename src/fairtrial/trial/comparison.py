@@ -8,19 +8,13 @@ from importlib.metadata import version
 from typing import Any, Protocol
 
 from fairtrial.contract import BadInput, Metric, Outcome, Task
+from fairtrial.trial import sequential, statistics
 from fairtrial.trial.execute import Executor, Job
 from fairtrial.trial.fingerprint import fingerprint
 from fairtrial.trial.recipe import Recipe, Run, check_budget, recipe_name, recipes_for
-from fairtrial.trial.statistics import (
-    Difference,
-    Verdict,
-    differences,
-    fewest_seeds,
-    seeds_to_decide,
-    verdict,
-)
+from fairtrial.trial.statistics import Difference, Verdict, verdict
 from fairtrial.trial.store import Store
-from fairtrial.trial.tuning import Tuned, tune
+from fairtrial.trial.tuning import Tuned, search_space, tune
 
 FIRST_TUNING_SEED = 1_000_000  # evaluation seeds count from 0; the two never meet
 
@@ -47,7 +41,19 @@ class CostRatios:
 
 @dataclass(frozen=True)
 class Judged:
-    """A recipe of a comparison: what it was tuned to, what it measured, and what may be said of it."""
+    """A recipe of a comparison: what it was tuned to, what it measured, and what may be said of it.
+
+    Attributes:
+        name: what sets it apart from the baseline.
+        recipe: as it was asked for.
+        tuned: of its tunings the one that did best on validation data.
+        outcomes: on test data, one for each evaluation seed.
+        costs: relative to the baseline.
+        difference: to the baseline; None for the baseline itself.
+        verdict: what may be said of it; None for the baseline.
+        seeds_to_decide: how many would probably decide it, if it is undecided and that can be said.
+        tunings: what it was tuned to for each evaluation seed.
+    """
 
     name: str
     recipe: Recipe
@@ -57,6 +63,7 @@ class Judged:
     difference: Difference | None
     verdict: Verdict | None
     seeds_to_decide: int | None
+    tunings: Sequence[Tuned] = ()
 
     @property
     def values(self) -> list[float]:
@@ -74,7 +81,8 @@ class Judged:
         return {
             "name": self.name,
             "choices": self.recipe.as_json(),
-            "tuned": {slot: dict(params) for slot, params in self.tuned.params.items()},
+            "tuned": _plain(self.tuned),
+            "tuned_by_seed": [_plain(tuned) for tuned in self.tunings],
             "values": self.values,
             "mean": self.mean,
             "difference": {key: _finite(value) for key, value in asdict(self.difference).items()}
@@ -88,8 +96,29 @@ class Judged:
 
 
 @dataclass(frozen=True)
+class Stopping:
+    """How far a comparison went that was to stop when every verdict was in.
+
+    Attributes:
+        budget: seeds that every recipe might have had, the last look that the seeds asked for allow.
+        looks: how many seeds there were each time it was looked.
+        runs: runs that it came to, tuning and the baseline's too.
+        saved: runs that the budget would have allowed beyond those.
+    """
+
+    budget: int
+    looks: Sequence[int]
+    runs: int
+    saved: int
+
+
+@dataclass(frozen=True)
 class Comparison:
-    """The whole of it; the first recipe is the baseline."""
+    """The whole of it; the first recipe is the baseline.
+
+    With `until_decided` a recipe has outcomes up to the look that decided it, and is compared to the baseline's up to
+    there; the evaluation seeds are the baseline's.
+    """
 
     task: str
     version: int
@@ -98,13 +127,26 @@ class Comparison:
     tuning_seeds: Sequence[int]
     evaluation_seeds: Sequence[int]
     recipes: Sequence[Judged]
+    until_decided: Stopping | None = None
+
+    @property
+    def fewest_seeds(self) -> int:
+        """Seeds that it takes for any outcome at all to be significant, with so many methods."""
+        rules: _Rules = statistics if self.until_decided is None else sequential
+        return rules.fewest_seeds(len(self.recipes) - 1)
 
     @property
     def decidable(self) -> bool:
         """Whether any outcome could have been significant with so many seeds and methods."""
-        return len(self.evaluation_seeds) >= fewest_seeds(len(self.recipes) - 1)
+        seeds = len(self.evaluation_seeds) if self.until_decided is None else self.until_decided.budget
+        return seeds >= self.fewest_seeds
 
     def as_json(self) -> dict[str, Any]:
+        """Plain data. `until_decided` is null, or says how far it went (see `Stopping`).
+
+        It is then such as {'budget': 40, 'looks': [8, 10], 'runs': 28, 'saved': 92}, and a recipe's 'values' are those
+        of the seeds 0, 1, 2, … that it needed.
+        """
         return {
             "task": self.task,
             "version": self.version,
@@ -113,8 +155,15 @@ class Comparison:
             "trials": self.trials,
             "seeds": {"tuning": list(self.tuning_seeds), "evaluation": list(self.evaluation_seeds)},
             "decidable": self.decidable,
+            "until_decided": None
+            if self.until_decided is None
+            else {**asdict(self.until_decided), "looks": list(self.until_decided.looks)},
             "recipes": [judged.as_json() for judged in self.recipes],
         }
+
+
+def _plain(tuned: Tuned) -> dict[str, dict[str, Any]]:
+    return {slot: dict(params) for slot, params in tuned.params.items()}
 
 
 def _finite(value: float) -> float | None:
@@ -130,9 +179,17 @@ def compare(
     store: Store,
     trials: int = 8,
     seeds: int = 10,
+    until_decided: bool = False,
+    tune_once: bool = False,
     progress: Progress = unwatched,
 ) -> Comparison:
     """Tune every recipe with equal budgets, run the best of each on fresh seeds, judge.
+
+    Each evaluation seed has a tuning of its own: `trials` runs on validation data, on a tuning seed and with proposals
+    of its own, and then one run of the best configuration on test data. A difference between two recipes is then a
+    difference between methods that are tuned like this, luck in tuning included. With a single tuning for all seeds it
+    would be one between two configurations, and a method compared with itself would come out better or worse than
+    itself far more often than in one case of twenty.
 
     Args:
         load: gives the task for a reference; a module-level function, since workers call it too.
@@ -140,8 +197,14 @@ def compare(
         wanted: choices by slot, as text: {'optimizer': 'AdamW,FRUGAL(density=0.25)'}.
         executor: carries the runs out; entered by the caller.
         store: what is recorded there is not run again.
-        trials: tuning runs of each recipe.
-        seeds: evaluation seeds.
+        trials: tuning runs of each recipe, for each evaluation seed.
+        seeds: evaluation seeds; with `until_decided` as many at most.
+        until_decided: look at the verdicts after 8 seeds, 10, 12 and so on (`sequential.LOOKS`), and give further seeds
+            only to recipes that are still undecided, and to the baseline. P-values and intervals stay valid under this
+            (see `sequential`). Neither the executor nor what is stored already has a say in when it stops, and a
+            comparison that ended undecided may be given more seeds.
+        tune_once: tune each recipe a single time instead, for all evaluation seeds. That is cheap, but verdicts then
+            speak of the configurations that happened to be found, not of the methods.
         progress: told after every run.
 
     Raises:
@@ -152,46 +215,121 @@ def compare(
     check_budget("seeds", seeds)
     if seeds > FIRST_TUNING_SEED:
         raise BadInput(f"seeds must be at most {FIRST_TUNING_SEED}, got {seeds}")
+    if until_decided and not sequential.LOOKS[0] <= seeds <= sequential.LOOKS[-1]:
+        first, last = sequential.LOOKS[0], sequential.LOOKS[-1]
+        raise BadInput(f"seeds must be from {first} to {last} when a comparison is to run until decided, got {seeds}")
     task = load(reference)
     recipes = recipes_for(task, reference, wanted)
-    conduct = _Conduct(task, executor, store, progress, total=len(recipes) * (trials + seeds))
-    tuned = conduct.all_of([tune(task, recipe, trials, FIRST_TUNING_SEED) for recipe in recipes])
-    conduct.total = conduct.done + len(recipes) * seeds
-    best = [recipe.with_params(result.params) for recipe, result in zip(recipes, tuned, strict=True)]
-    jobs = [Job(Run(recipe, seed, "test")) for seed in range(seeds) for recipe in best]
-    outcomes = conduct.all_of([_one_wave(jobs)])[0]
-    by_recipe = [outcomes[place :: len(recipes)] for place in range(len(recipes))]
+    budget = sequential.looks_up_to(seeds)[-1] if until_decided else seeds
+    tuning_runs = [trials if search_space(task, recipe) else 0 for recipe in recipes]
+
+    def runs_for(places: Sequence[int], seeds: int) -> int:
+        return sum(seeds if tune_once else seeds * (1 + tuning_runs[place]) for place in places)
+
+    total = runs_for(range(len(recipes)), budget) + (sum(tuning_runs) if tune_once else 0)
+    conduct = _Conduct(task, executor, store, progress, total)
+    shared = [tune(task, recipe, trials, FIRST_TUNING_SEED) for recipe in recipes] if tune_once else []
+    tuned: list[Tuned] = conduct.all_of(shared)
+
+    def one_seed(place: int, seed: int) -> Generator[list[Job], list[Outcome], _Seed]:
+        found = tuned[place] if tune_once else (yield from tune(task, recipes[place], trials, FIRST_TUNING_SEED + seed))
+        outcomes = yield [Job(Run(recipes[place].with_params(found.params), seed, "test"))]
+        return found, outcomes[0]
+
+    by_recipe: list[list[_Seed]] = [[] for _ in recipes]
+    going = list(range(len(recipes)))
+    for look in sequential.looks_up_to(seeds) if until_decided else [seeds]:
+        wanted_now = [(place, seed) for seed in range(len(by_recipe[0]), look) for place in going]
+        for (place, _), found in zip(wanted_now, conduct.all_of([one_seed(*w) for w in wanted_now]), strict=True):
+            by_recipe[place].append(found)
+        if until_decided:
+            undecided = _undecided(task.metric, by_recipe, going)
+            going = [0, *undecided]
+            conduct.expect(runs_for(going, budget - look) if undecided else 0)
+            if not undecided:
+                break
     return Comparison(
         task.name,
         task.version,
         task.metric,
         trials,
-        [FIRST_TUNING_SEED],
-        list(range(seeds)),
-        _judge(task.metric, recipes, tuned, by_recipe),
+        [FIRST_TUNING_SEED + seed for seed in range(1 if tune_once else len(by_recipe[0]))],
+        list(range(len(by_recipe[0]))),
+        _judge(task.metric, recipes, by_recipe, sequential if until_decided else statistics),
+        _stopping(budget, by_recipe, tune_once) if until_decided else None,
     )
 
 
-def _one_wave(jobs: list[Job]) -> Generator[list[Job], list[Outcome], list[Outcome]]:
-    outcomes = yield jobs
+def evaluate(
+    task: Task,
+    recipe: Recipe,
+    seeds: Sequence[int],
+    *,
+    executor: Executor,
+    store: Store,
+    progress: Progress = unwatched,
+) -> list[Outcome]:
+    """Run one recipe on test data, in the order of the seeds; what is stored is not run again."""
+
+    def one_wave() -> Generator[list[Job], list[Outcome], list[Outcome]]:
+        outcomes = yield [Job(Run(recipe, seed, "test")) for seed in seeds]
+        return outcomes
+
+    outcomes: list[Outcome] = _Conduct(task, executor, store, progress, len(seeds)).all_of([one_wave()])[0]
     return outcomes
 
 
+_Seed = tuple[Tuned, Outcome]  # of one recipe
+
+
+def _undecided(metric: Metric, by_recipe: Sequence[Sequence[_Seed]], going: Sequence[int]) -> list[int]:
+    """Those of the recipes still going that have no verdict yet."""
+    found = sequential.differences(*_baseline_and_others(by_recipe))
+    return [p for p in going if p and verdict(found[p - 1], metric.sign, metric.margin) == "undecided"]
+
+
+def _baseline_and_others(by_recipe: Sequence[Sequence[_Seed]]) -> tuple[list[float], list[list[float]]]:
+    baseline, *others = [[outcome.value for _, outcome in seeds] for seeds in by_recipe]
+    return baseline, others
+
+
+def _stopping(budget: int, by_recipe: Sequence[Sequence[_Seed]], tune_once: bool) -> Stopping:
+    runs = saved = 0
+    for seeds in by_recipe:
+        tuning = len(seeds[0][0].history)
+        runs += tuning + len(seeds) if tune_once else (tuning + 1) * len(seeds)
+        saved += (budget - len(seeds)) * (1 if tune_once else tuning + 1)
+    return Stopping(budget, sequential.looks_up_to(len(by_recipe[0])), runs, saved)
+
+
+class _Rules(Protocol):
+    """What judges differences: `statistics` for a number of seeds fixed beforehand, else `sequential`."""
+
+    def differences(self, baseline: Sequence[float], others: Sequence[Sequence[float]]) -> list[Difference]: ...
+    def fewest_seeds(self, comparisons: int = ...) -> int: ...
+    def seeds_to_decide(self, values: Sequence[float], margin: float, comparisons: int = ...) -> int | None: ...
+
+
 def _judge(
-    metric: Metric, recipes: Sequence[Recipe], tuned: Sequence[Tuned], by_recipe: Sequence[Sequence[Outcome]]
+    metric: Metric,
+    recipes: Sequence[Recipe],
+    by_recipe: Sequence[Sequence[_Seed]],
+    rules: _Rules,
 ) -> list[Judged]:
-    values = [[outcome.value for outcome in outcomes] for outcomes in by_recipe]
-    found: list[Difference | None] = [None, *differences(values[0], values[1:])]
+    baseline, others = _baseline_and_others(by_recipe)
+    found: list[Difference | None] = [None, *rules.differences(baseline, others)]
     judged = []
     for place, (recipe, difference) in enumerate(zip(recipes, found, strict=True)):
         said = None if difference is None else verdict(difference, metric.sign, metric.margin)
         needed = None
         if said == "undecided":
-            paired = [a - b for a, b in zip(values[place], values[0], strict=True)]
-            needed = seeds_to_decide(paired, metric.margin, len(recipes) - 1)
+            paired = [a - b for a, b in zip(others[place - 1], baseline, strict=False)]
+            needed = rules.seeds_to_decide(paired, metric.margin, len(recipes) - 1)
         name = _baseline_name(recipes) if place == 0 else recipe_name(recipe, recipes[0])
-        costs = _cost_ratios(by_recipe[place], by_recipe[0])
-        judged.append(Judged(name, recipe, tuned[place], by_recipe[place], costs, difference, said, needed))
+        tunings, outcomes = zip(*by_recipe[place], strict=True)
+        costs = _cost_ratios(outcomes, [outcome for _, outcome in by_recipe[0][: len(outcomes)]])
+        best = max(tunings, key=lambda tuned: -math.inf if tuned.value is None else metric.sign * tuned.value)
+        judged.append(Judged(name, recipe, best, outcomes, costs, difference, said, needed, tunings))
     return judged
 
 
@@ -254,8 +392,9 @@ class _Conduct:
         while origin:
             job, outcome = self.executor.next()
             flow, place = origin.pop(job)
-            code = self._fingerprint(job.run)
-            self.store.put(self._key(job.run), job.run, self.task.name, self.task.version, code, outcome)
+            if outcome.ended != "lost":
+                code = self._fingerprint(job.run)
+                self.store.put(self._key(job.run), job.run, self.task.name, self.task.version, code, outcome)
             self._count(outcome)
             wave = waves[flow]
             wave[place] = outcome
@@ -263,9 +402,17 @@ class _Conduct:
                 begin(flow, [finished for finished in wave if finished is not None])
         return results
 
+    def expect(self, further: int) -> None:
+        """Tell that so many runs are still to come."""
+        self.total = self.done + further
+        self._tell()
+
     def _count(self, outcome: Outcome) -> None:
         self.done += 1
         self.failed += outcome.failed
+        self._tell()
+
+    def _tell(self) -> None:
         self.progress(
             done=self.done, total=self.total, running=self.executor.running, failed=self.failed, stored=self.stored
         )
@@ -294,15 +441,16 @@ class _Conduct:
         return run.key(task=self.task.name, version=self.task.version, fingerprint=self._fingerprint(run))
 
     def _fingerprint(self, run: Run) -> str:
-        """Code of the task and of the methods chosen, and the versions of what computes."""
+        """Code of the task and of the methods chosen, the task's data if it tells, and versions of what computes."""
         names = tuple(choice.name for _, choice in sorted(run.recipe.choices.items()))
         if names not in self.fingerprints:
             modules = [source_of(self.task, run.recipe.task)]
             for slot, choice in run.recipe.choices.items():
                 option = self.task.slots[slot].options[choice.name]
                 modules += [option.factory.__module__, option.bind.__module__]
-            versions = "-".join(version(package) for package in ("torch", "numpy", "scikit-learn"))
-            self.fingerprints[names] = f"{fingerprint(modules)}-{versions}"
+            parts = [fingerprint(modules), *(version(package) for package in ("torch", "numpy", "scikit-learn"))]
+            data_hash = getattr(self.task, "data_hash", None)
+            self.fingerprints[names] = "-".join(parts if data_hash is None else [*parts, data_hash])
         return self.fingerprints[names]
 
 

@@ -23,7 +23,7 @@ from fairtrial.contract import BadInput, Costs, Diverged, Outcome, Pruned, Task
 from fairtrial.trial.recipe import Run
 
 Loader = Callable[[str], Task]
-ATTEMPTS = 3  # a run whose worker vanishes is tried so often before it counts as died
+ATTEMPTS = 3  # a run whose worker vanishes is tried so often before it counts as lost
 
 
 class Pruner(Protocol):
@@ -155,7 +155,7 @@ class Worker:
     def __init__(self, load: Loader) -> None:
         context = multiprocessing.get_context("spawn")
         self.link, far_end = context.Pipe()
-        self.process: SpawnProcess = context.Process(target=_work, args=(load, far_end), daemon=True)
+        self.process: SpawnProcess = context.Process(target=_work, args=(load, far_end))
         with _interrupts_ignored():  # Ctrl-C is the parent's to handle
             self.process.start()
         far_end.close()
@@ -248,7 +248,7 @@ class Local:
         del self.attempts[job]
         how = f"by signal {-code}" if code is not None and code < 0 else f"with exit code {code}"
         worst = self.load(job.run.recipe.task).metric.worst
-        return Outcome(worst, "died", error=f"its worker process ended {how}, {ATTEMPTS} times")
+        return Outcome(worst, "lost", error=f"its worker process ended {how}, {ATTEMPTS} times")
 
 
 @contextlib.contextmanager

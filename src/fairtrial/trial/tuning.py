@@ -15,7 +15,7 @@ from typing import Any, Literal
 import optuna
 from optuna.trial import TrialState, create_trial
 
-from fairtrial.contract import Metric, Outcome, Task
+from fairtrial.contract import Outcome, Task
 from fairtrial.trial.execute import Job
 from fairtrial.trial.recipe import Recipe, Run
 
@@ -55,11 +55,19 @@ class MedianPruner:
 
 @dataclass(frozen=True)
 class Tuned:
-    """What tuning a recipe came to: its best configuration, and every configuration tried with its outcome."""
+    """What tuning a recipe came to.
+
+    Attributes:
+        recipe: as it was asked for.
+        params: the best configuration, by slot; empty if no run came through.
+        history: every configuration tried, with its outcome.
+        value: what the best one measured on validation data, if any came through.
+    """
 
     recipe: Recipe
     params: Mapping[str, Mapping[str, Any]]
     history: Sequence[tuple[Mapping[str, Any], Outcome]] = field(default=(), repr=False)
+    value: float | None = None
 
 
 def search_space(task: Task, recipe: Recipe) -> dict[str, Any]:
@@ -83,7 +91,8 @@ def tune(task: Task, recipe: Recipe, trials: int, seed: int) -> Generator[list[J
         return Tuned(recipe, {})
     metric = task.metric
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    sampler_seed = zlib.crc32(json.dumps([recipe.as_json(), seed], sort_keys=True).encode())
+    # Recipes with the same search space are proposed the same configurations, as far as their results agree.
+    sampler_seed = zlib.crc32(json.dumps([list(space), seed]).encode())
     study = optuna.create_study(
         direction=metric.direction,
         sampler=optuna.samplers.TPESampler(seed=sampler_seed, n_startup_trials=WAVE),
@@ -110,14 +119,11 @@ def tune(task: Task, recipe: Recipe, trials: int, seed: int) -> Generator[list[J
             else:
                 study.tell(trial, outcome.value)
             history.append((params, outcome))
-    return Tuned(recipe, _by_slot(_best(history, metric)), history)
-
-
-def _best(history: Sequence[tuple[dict[str, Any], Outcome]], metric: Metric) -> dict[str, Any]:
-    finished = [(params, outcome) for params, outcome in history if outcome.ended == "finished"]
+    finished = [(params, outcome.value) for params, outcome in history if outcome.ended == "finished"]
     if not finished:
-        return {}
-    return max(finished, key=lambda tried: metric.sign * tried[1].value)[0]
+        return Tuned(recipe, {}, history)
+    best, value = max(finished, key=lambda tried: metric.sign * tried[1])
+    return Tuned(recipe, _by_slot(best), history, value)
 
 
 def _by_slot(params: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

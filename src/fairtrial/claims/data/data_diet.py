@@ -3,12 +3,12 @@
 MNIST-1D instead of CIFAR, with a perceptron of two hidden layers and the bench's convolutional network, trained as in
 the authors' CIFAR runs but for fewer steps. Every seed takes its own scores, as means over ten initialisations that it
 does not train from; EL2N is taken after a tenth of the steps, at the learning rate that is best with all the data.
-Every arm then has its own learning rate tuned over the same four values, and trains for as many steps as every other
-of its network.
+Every arm then has its own learning rate tuned over the same four values with three seeds, and trains for as many steps
+as every other of its network.
 """
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -19,27 +19,27 @@ from torch.optim import SGD
 from torch.optim.lr_scheduler import MultiStepLR
 
 from fairtrial.catalog import Finding
+from fairtrial.claims.arms import FIRST_TUNING_SEED, Run, evaluate, tune
 from fairtrial.claims.curves import curves
 from fairtrial.claims.measure import Measure, measured
 from fairtrial.claims.paired import above_zero, gaps, surely_above
-from fairtrial.contract import Diverged, Split
-from fairtrial.methods.data.data_diet import PrunedSampler, average_scores, el2n_scores, grand_scores
+from fairtrial.claims.training import fit
+from fairtrial.contract import Diverged
+from fairtrial.methods.data.data_diet import average_scores, el2n_scores, grand_scores, prune_indices
 from fairtrial.tasks.measures import accuracy
 from fairtrial.tasks.mnist1d import POINTS, convolutional
 from fairtrial.tasks.samples import Division, Part
-from fairtrial.tasks.standard import NoTransform
 from fairtrial.tasks.streams import Streams
 from fairtrial.tasks.supervised import predict
-from fairtrial.tasks.training import Parts, train
 
 CLASSES = 10
 BATCH = 128
 MLP, CNN = "perceptron", "CNN"
-STEPS = {MLP: 1500, CNN: 600}
+STEPS = {MLP: 1000, CNN: 600}
 MEMBERS, EARLY = 10, 0.1
 WRONG = 0.1  # of the labels, redrawn
-RATES = (0.01, 0.03, 0.1, 0.3)
-TUNING_SEEDS, SEEDS = (1000, 1001), tuple(range(12))
+RATES = (0.1, 0.2, 0.4, 0.8)
+TUNING_SEEDS, SEEDS = 3, 12
 CLOSE = 0.01  # a point of accuracy
 
 EL2N, GRAND, NORM, CHANCE = "EL2N", "GraNd before training", "norm of the input", "chance"
@@ -88,51 +88,53 @@ class Scoring:
     seed: int
 
 
+Scores = Mapping[int, NDArray[np.float32]]  # of the training examples, for each seed
+
+
 @dataclass(frozen=True)
-class Training:
-    """One training run: an arm with its learning rate and the scores of its examples, and what to measure on."""
+class Setting:
+    """An arm with its learning rate, and the scores that its examples are ranked by."""
 
     arm: Arm
     lr: float
-    scores: NDArray[np.float32]
-    seed: int
-    split: Split
+    scores: Scores = field(repr=False)
 
 
-Accuracies = dict[Arm, list[float]]
-Scores = dict[tuple[Ranking, int], NDArray[np.float32]]
+Accuracies = Mapping[Arm, list[float]]
 
 
 def check(measure: Measure) -> list[Finding]:
-    seeds = (*TUNING_SEEDS, *SEEDS)
-    by_chance = [Scoring(arm.ranking, 0.0, seed) for arm in WHOLE for seed in seeds]
-    scores = {(scoring.ranking, scoring.seed): example_scores(scoring) for scoring in by_chance}
-    rates = _tuned(measure, WHOLE, scores)
-    rate_of = {(arm.network, arm.ranking.wrong_labels): rates[arm] for arm in WHOLE}
-    rankings = dict.fromkeys(arm.ranking for arm in PRUNED)
+    scores = _scores(measure, [arm.ranking for arm in WHOLE], {})
+    whole = tune(measure, accuracy_of, _grids(WHOLE, scores), seeds=TUNING_SEEDS, score=float)
+    rates = {(arm.network, arm.ranking.wrong_labels): setting.lr for arm, setting in whole.items()}
+    scores |= _scores(measure, [arm.ranking for arm in PRUNED], rates)
+    pruned = tune(measure, accuracy_of, _grids(PRUNED, scores), seeds=TUNING_SEEDS, score=float)
+    right = evaluate(measure, accuracy_of, {**whole, **pruned}, seeds=SEEDS)
+    return [
+        _half_of_the_data(right),
+        _wrong_labels(right, scores[HARDEST.ranking]),
+        _transfer(right),
+        _before_training(right),
+    ]
+
+
+def _scores(
+    measure: Measure, rankings: Iterable[Ranking], rates: Mapping[tuple[str, bool], float]
+) -> dict[Ranking, Scores]:
+    """The scores of every seed's examples; `rates` are those of the networks, without and with wrong labels."""
+    seeds = (*range(SEEDS), *range(FIRST_TUNING_SEED, FIRST_TUNING_SEED + TUNING_SEEDS))
+    distinct = list(dict.fromkeys(rankings))
     scorings = [
-        Scoring(ranking, rate_of[ranking.network, ranking.wrong_labels], seed) for ranking in rankings for seed in seeds
+        Scoring(ranking, rates.get((ranking.network, ranking.wrong_labels), 0.0), seed)
+        for ranking in distinct
+        for seed in seeds
     ]
-    found = measure.map(example_scores, scorings)
-    scores |= {(scoring.ranking, scoring.seed): taken for scoring, taken in zip(scorings, found, strict=True)}
-    rates |= _tuned(measure, PRUNED, scores)
-    runs = [Training(arm, rates[arm], scores[arm.ranking, seed], seed, "test") for arm in rates for seed in SEEDS]
-    results = iter(measure.map(accuracy_of, runs))
-    right = {arm: [next(results) for _ in SEEDS] for arm in rates}
-    return [_half_of_the_data(right), _wrong_labels(right, scores), _transfer(right), _before_training(right)]
+    found = iter(measure.map(example_scores, scorings))
+    return {ranking: {seed: next(found) for seed in seeds} for ranking in distinct}
 
 
-def _tuned(measure: Measure, arms: Iterable[Arm], scores: Scores) -> dict[Arm, float]:
-    """The learning rate of each arm that is best on validation data, on average over the tuning seeds."""
-    tried = [(arm, lr) for arm in arms for lr in RATES]
-    runs = [
-        Training(arm, lr, scores[arm.ranking, seed], seed, "validation") for arm, lr in tried for seed in TUNING_SEEDS
-    ]
-    means = np.reshape(measure.map(accuracy_of, runs), (len(tried), len(TUNING_SEEDS))).mean(1)
-    best: dict[Arm, float] = {}
-    for place in np.argsort(-means, kind="stable"):
-        best.setdefault(*tried[place])
-    return {arm: best[arm] for arm in arms}
+def _grids(arms: Iterable[Arm], scores: Mapping[Ranking, Scores]) -> dict[Arm, list[Setting]]:
+    return {arm: [Setting(arm, lr, scores[arm.ranking]) for lr in RATES] for arm in arms}
 
 
 def _half_of_the_data(right: Accuracies) -> Finding:
@@ -148,7 +150,7 @@ def _half_of_the_data(right: Accuracies) -> Finding:
         criterion="With half pruned by EL2N the test accuracy is less than a point below that on all the data (95 % "
         "interval of the mean paired difference) and significantly above that with half pruned at random; partly if it "
         "is significantly above random at 30 % pruned (paired sign-flip test, Holm over 50 % and 30 %).",
-        seeds=SEEDS,
+        seeds=tuple(range(SEEDS)),
         measurements=(
             measured("test accuracy, all the data", right[ALL], "fraction"),
             *(
@@ -171,10 +173,8 @@ def _half_of_the_data(right: Accuracies) -> Finding:
 
 def _wrong_labels(right: Accuracies, scores: Scores) -> Finding:
     areas = [
-        float(
-            roc_auc_score(_division(seed, True).training.y != _division(seed).training.y, scores[HARDEST.ranking, seed])
-        )
-        for seed in SEEDS
+        float(roc_auc_score(_division(seed, True).training.y != _division(seed).training.y, scores[seed]))
+        for seed in range(SEEDS)
     ]
     over_hardest = gaps(right[WINDOW], right[HARDEST])
     found, (better,) = surely_above(areas, 0.8), above_zero(over_hardest)
@@ -184,7 +184,7 @@ def _wrong_labels(right: Accuracies, scores: Scores) -> Finding:
         criterion="The area under the ROC curve of EL2N for changed labels exceeds 0.8 (95 % interval of the mean) and "
         "half of the data without the top 10 % gives significantly higher test accuracy than the hardest half (paired "
         "sign-flip test); partly if only the first holds.",
-        seeds=SEEDS,
+        seeds=tuple(range(SEEDS)),
         measurements=(
             measured("area under the ROC curve, EL2N for changed labels", areas, "fraction"),
             measured("test accuracy, all the data", right[WRONG_ALL], "fraction"),
@@ -207,7 +207,7 @@ def _transfer(right: Accuracies) -> Finding:
         criterion="With 30 % pruned by the perceptron's EL2N the CNN's test accuracy is significantly above that with "
         "30 % pruned at random (paired sign-flip test) and less than a point below that with its own EL2N (95 % "
         "interval of the mean paired difference); partly if only the first holds.",
-        seeds=SEEDS,
+        seeds=tuple(range(SEEDS)),
         measurements=(
             measured("test accuracy of the CNN, all the data", right[CNN_ALL], "fraction"),
             measured("test accuracy of the CNN, 30 % pruned by chance", right[CNN_BY_CHANCE], "fraction"),
@@ -229,7 +229,7 @@ def _before_training(right: Accuracies) -> Finding:
         verdict="reproduced" if all(better) else "partly" if any(better) else "not reproduced",
         criterion="Pruned by GraNd before training, the test accuracy is significantly above that with as much pruned "
         "at random, at 30 % and at 50 % (paired sign-flip test, Holm); partly at one of them.",
-        seeds=SEEDS,
+        seeds=tuple(range(SEEDS)),
         measurements=(
             *(
                 measured(
@@ -251,44 +251,32 @@ def _before_training(right: Accuracies) -> Finding:
 def example_scores(scoring: Scoring) -> NDArray[np.float32]:
     """The scores of one seed's training examples."""
     ranking, streams = scoring.ranking, Streams(scoring.seed)
-    division = _division(scoring.seed, ranking.wrong_labels)
-    n = len(division.training.x)
+    part = _division(scoring.seed, ranking.wrong_labels).training
     if ranking.score == CHANCE:
-        found = torch.rand(n, generator=streams("chance"))
+        found = torch.rand(len(part.x), generator=streams("chance"))
     elif ranking.score == NORM:
-        found = division.training.x.norm(dim=1)
+        found = part.x.norm(dim=1)
     else:
-        score, steps = (el2n_scores, EARLY) if ranking.score == EL2N else (grand_scores, 0.0)
-        members = [
-            _trained(
-                ranking.network,
-                division.training,
-                PrunedSampler(torch.zeros(n), 1.0, generator=own("order")),
-                scoring.lr,
-                own,
-                round(steps * STEPS[ranking.network]),
-            )
-            for own in (streams.inside(f"scoring {member}") for member in range(MEMBERS))
-        ]
-        found = average_scores([score(model, [tuple(division.training)]) for model in members])
+        score, fraction = (el2n_scores, EARLY) if ranking.score == EL2N else (grand_scores, 0.0)
+        members = (streams.inside(f"scoring {member}") for member in range(MEMBERS))
+        models = (_trained(ranking.network, part, scoring.lr, own, fraction) for own in members)
+        found = average_scores([score(model, [tuple(part)]) for model in models])
     scores: NDArray[np.float32] = found.numpy()
     return scores
 
 
-def accuracy_of(run: Training) -> float:
+def accuracy_of(run: Run[Setting]) -> float:
     """Train on what the arm keeps, and give the accuracy on held-out data; 0 if training diverges."""
-    arm, streams = run.arm, Streams(run.seed)
+    arm, scores = run.setting.arm, torch.from_numpy(run.setting.scores[run.seed])
     division = _division(run.seed, arm.ranking.wrong_labels)
-    keep = len(run.scores) - round(arm.pruned * len(run.scores))
-    sampler = PrunedSampler(
-        torch.from_numpy(run.scores),
-        keep,
-        "window" if arm.window else "hardest",
-        len(run.scores) - keep - len(run.scores) // 10 if arm.window else 0,
-        generator=streams("order"),
-    )
+    keep = len(scores) - round(arm.pruned * len(scores))
+    if arm.window:
+        kept = prune_indices(scores, keep, "window", len(scores) - keep - len(scores) // 10)
+    else:
+        kept = prune_indices(scores, keep)
+    part = Part(division.training.x[kept], division.training.y[kept])
     try:
-        model = _trained(arm.network, division.training, sampler, run.lr, streams, STEPS[arm.network])
+        model = _trained(arm.network, part, run.setting.lr, Streams(run.seed))
         return accuracy(*predict(model, getattr(division, run.split)))
     except Diverged:
         return 0.0
@@ -306,21 +294,15 @@ def _division(seed: int, wrong_labels: bool = False) -> Division:
     return division._replace(training=Part(x, y.index_copy(0, redrawn, labels)))
 
 
-def _trained(network: str, part: Part, sampler: PrunedSampler, lr: float, streams: Streams, steps: int) -> nn.Module:
-    """A network after the first `steps` steps of its training."""
+def _trained(network: str, part: Part, lr: float, streams: Streams, fraction: float = 1.0) -> nn.Module:
+    """A network after a fraction of its training."""
     with streams.globally("model"):
         model = _perceptron() if network == MLP else convolutional()
     optimizer = SGD(model.parameters(), lr=lr, momentum=0.9, nesterov=True, weight_decay=5e-4)
-    milestones = [round(fraction * STEPS[network]) for fraction in (0.3, 0.6, 0.8)]
-    parts = Parts(
-        model=model,
-        loss=nn.CrossEntropyLoss(),
-        optimizer=optimizer,
-        schedule=MultiStepLR(optimizer, milestones, 0.2),
-        batch=NoTransform(),
-        sampler=sampler,
-    )
-    train(parts, *part, steps=steps, batch_size=BATCH, generator=streams("batch"))
+    milestones = [round(passed * STEPS[network]) for passed in (0.3, 0.6, 0.8)]
+    schedule = MultiStepLR(optimizer, milestones, 0.2)
+    steps = round(fraction * STEPS[network])
+    fit(model, optimizer, part, streams, steps=steps, batch_size=BATCH, schedule=schedule)
     return model
 
 

@@ -7,7 +7,7 @@ what it has.
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any
 
@@ -20,10 +20,11 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 from torch.utils.data import RandomSampler
 
 from fairtrial.catalog import Finding
+from fairtrial.claims.arms import Run, evaluate, tune
 from fairtrial.claims.curves import curves
 from fairtrial.claims.measure import Measure, measured, single
 from fairtrial.claims.paired import above_zero, gaps, surely_above
-from fairtrial.contract import Diverged, Split
+from fairtrial.contract import Diverged
 from fairtrial.methods.data.decoupled_mixup import DecoupledMixup
 from fairtrial.methods.data.mixing import Mixup
 from fairtrial.tasks.measures import accuracy
@@ -36,8 +37,8 @@ from fairtrial.tasks.training import Parts, train
 
 CLASSES = 10
 STEPS, BATCH = 1000, 100
-TRIALS, TUNING_SEED, SEEDS = 12, 1000, tuple(range(12))
-RATE, ALPHA, ETA = (0.01, 0.5), (0.1, 2.0), (0.01, 1.0)  # α and η: the ranges that the method declares for tuning
+TRIALS, TUNING_SEEDS, SEEDS = 12, 1, 12
+RATE, ALPHA, ETA = (0.02, 1.0), (0.1, 2.0), (0.01, 1.0)  # α and η: the ranges that the method declares for tuning
 PAIRINGS = 5  # how often each test curve is mixed
 TIMED, WARM_UP = 100, 5  # steps
 
@@ -47,28 +48,21 @@ ALIKE = "Mixup with decoupled Mixup's rate and α"  # beside the comparison: wha
 
 
 @dataclass(frozen=True)
-class Training:
-    """One training run: the policy of mixing and its hyperparameters, and what to measure on."""
+class Setting:
+    """A policy of mixing, the learning rate, and α and η as far as the policy has them."""
 
     policy: str
     lr: float
     alpha: float
     eta: float
-    seed: int
-    split: Split
 
 
 def check(measure: Measure) -> list[Finding]:
-    draws = _draws()
-    tuning = [Training(policy, *draw, TUNING_SEED, "validation") for policy in POLICIES for draw in draws]
-    tried = [right for right, _ in measure.map(accuracies, tuning)]
-    by_policy = {policy: tried[place * len(draws) :][: len(draws)] for place, policy in enumerate(POLICIES)}
-    best = {policy: draws[int(np.argmax(found))] for policy, found in by_policy.items()}
-    arms = {**{policy: (policy, best[policy]) for policy in POLICIES}, ALIKE: (MIXUP, best[DECOUPLED])}
-    runs = {arm: [Training(policy, *draw, seed, "test") for seed in SEEDS] for arm, (policy, draw) in arms.items()}
-    distinct = list(dict.fromkeys(run for found in runs.values() for run in found))
-    results = dict(zip(distinct, measure.map(accuracies, distinct), strict=True))
-    right, both = ({arm: [results[run][place] for run in found] for arm, found in runs.items()} for place in (0, 1))
+    grids = {policy: [Setting(policy, *draw) for draw in _draws()] for policy in POLICIES}
+    best = tune(measure, accuracies, grids, seeds=TUNING_SEEDS, score=lambda found: found[0])
+    arms = {**best, ALIKE: replace(best[DECOUPLED], policy=MIXUP)}
+    results = evaluate(measure, accuracies, {setting: setting for setting in arms.values()}, seeds=SEEDS)
+    right, both = ({arm: [found[place] for found in results[arms[arm]]] for arm in arms} for place in (0, 1))
     return [_accuracy(right, best), _both_classes(both, best), _cost(measure)]
 
 
@@ -79,16 +73,16 @@ def _draws() -> list[tuple[float, float, float]]:
     return [(float(lr), float(alpha), float(eta)) for lr, alpha, eta in np.exp(low + even * (high - low))]
 
 
-def _settings(best: dict[str, tuple[float, float, float]]) -> str:
-    (rate, _, _), (mixup_rate, mixup_alpha, _), (dm_rate, dm_alpha, dm_eta) = (best[policy] for policy in POLICIES)
+def _settings(best: dict[str, Setting]) -> str:
+    none, mixup, decoupled = (best[policy] for policy in POLICIES)
     return (
-        f"Tuned with one seed on validation data: no mixing, rate {rate:.2g}; Mixup, rate {mixup_rate:.2g}, "
-        f"α {mixup_alpha:.2g}; decoupled Mixup, rate {dm_rate:.2g}, α {dm_alpha:.2g}, η {dm_eta:.2g}. "
-        f"{ALIKE} is no part of the criterion."
+        f"Tuned with one seed on validation data: no mixing, rate {none.lr:.2g}; Mixup, rate {mixup.lr:.2g}, "
+        f"α {mixup.alpha:.2g}; decoupled Mixup, rate {decoupled.lr:.2g}, α {decoupled.alpha:.2g}, "
+        f"η {decoupled.eta:.2g}. {ALIKE} is no part of the criterion."
     )
 
 
-def _accuracy(right: dict[str, list[float]], best: dict[str, tuple[float, float, float]]) -> Finding:
+def _accuracy(right: dict[str, list[float]], best: dict[str, Setting]) -> Finding:
     gained = gaps(right[DECOUPLED], right[MIXUP])
     (better,) = above_zero(gained)
     return Finding(
@@ -96,7 +90,7 @@ def _accuracy(right: dict[str, list[float]], best: dict[str, tuple[float, float,
         verdict="reproduced" if better else "partly" if surely_above(gained, -0.005) else "not reproduced",
         criterion="Mixup with the regulariser is significantly more accurate on test data than Mixup (paired sign-flip "
         "test); partly if the 95 % interval of the mean paired difference lies above -0.5 point.",
-        seeds=SEEDS,
+        seeds=tuple(range(SEEDS)),
         measurements=(
             *(
                 measured(
@@ -112,7 +106,7 @@ def _accuracy(right: dict[str, list[float]], best: dict[str, tuple[float, float,
     )
 
 
-def _both_classes(both: dict[str, list[float]], best: dict[str, tuple[float, float, float]]) -> Finding:
+def _both_classes(both: dict[str, list[float]], best: dict[str, Setting]) -> Finding:
     gained = gaps(both[DECOUPLED], both[MIXUP])
     (better,) = above_zero(gained)
     return Finding(
@@ -120,7 +114,7 @@ def _both_classes(both: dict[str, list[float]], best: dict[str, tuple[float, flo
         verdict="reproduced" if better else "not reproduced",
         criterion="Mixup with the regulariser recognises both classes of half-and-half test mixtures of two different "
         "classes significantly more often than Mixup (paired sign-flip test): the two highest scores are theirs.",
-        seeds=SEEDS,
+        seeds=tuple(range(SEEDS)),
         measurements=(
             *(
                 measured(f"both classes recognised, {arm}", found, "fraction of mixtures")
@@ -132,25 +126,25 @@ def _both_classes(both: dict[str, list[float]], best: dict[str, tuple[float, flo
     )
 
 
-def accuracies(run: Training) -> tuple[float, float]:
+def accuracies(run: Run[Setting]) -> tuple[float, float]:
     """Train, and give the accuracy on held-out curves, and on both classes of mixtures of them; 0 if it diverges."""
-    streams = Streams(run.seed)
+    setting, streams = run.setting, Streams(run.seed)
     division = curves(run.seed)
     held_out = getattr(division, run.split)
     with streams.globally("model"):
         model = convolutional()
-    optimizer = SGD(model.parameters(), lr=run.lr, momentum=0.9, weight_decay=1e-4)
+    optimizer = SGD(model.parameters(), lr=setting.lr, momentum=0.9, weight_decay=1e-4)
     policies: dict[str, Callable[[Tensor, Tensor, torch.Generator], tuple[Tensor, Any]]] = {
         NONE: NoTransform(),
-        MIXUP: Mixup(CLASSES, run.alpha),
-        DECOUPLED: DecoupledMixup(CLASSES, run.alpha, run.eta),
+        MIXUP: Mixup(CLASSES, setting.alpha),
+        DECOUPLED: DecoupledMixup(CLASSES, setting.alpha, setting.eta),
     }
     parts = Parts(
         model=model,
         loss=nn.CrossEntropyLoss(),
         optimizer=optimizer,
         schedule=CosineAnnealingLR(optimizer, STEPS),
-        batch=policies[run.policy],
+        batch=policies[setting.policy],
         sampler=RandomSampler(range(len(division.training.x)), generator=streams("order")),
     )
     try:

@@ -17,17 +17,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fairtrial.catalog import Finding, Verdict
-from fairtrial.claims.arms import Run, evaluate, judged, paired, tune
+from fairtrial.claims.arms import Run, evaluate, tune
+from fairtrial.claims.curves import curves
 from fairtrial.claims.measure import Measure, measured, single
+from fairtrial.claims.paired import above_zero, gaps, surely_above
 from fairtrial.claims.training import fit
 from fairtrial.contract import Diverged
 from fairtrial.methods.optimizers.tract import tract_first_layer
-from fairtrial.tasks import digits, mnist1d
+from fairtrial.tasks import digits
 from fairtrial.tasks.measures import accuracy
 from fairtrial.tasks.samples import Division, Part, divide
 from fairtrial.tasks.streams import Streams
 from fairtrial.tasks.supervised import predict
-from fairtrial.trial.statistics import verdict
 
 EPOCHS = {"digits": (4, 5), "MNIST-1D": (8, 10)}
 RATES = {"SGD": (0.01, 0.03, 0.1, 0.3, 1.0), "Adam": (0.001, 0.003, 0.01, 0.03, 0.1)}
@@ -89,8 +90,8 @@ def _fewer_epochs(accuracies: dict[Arm, list[float]]) -> Finding:
         fewer, more = EPOCHS[data]
         tract, plain = Arm(data, optimizer, "TrAct", fewer), Arm(data, optimizer, "plain", fewer)
         longer = replace(plain, epochs=more)
-        gains.append(paired(accuracies[tract], accuracies[plain]))
-        distances.append(paired(accuracies[tract], accuracies[longer]))
+        gains.append(gaps(accuracies[tract], accuracies[plain]))
+        distances.append(gaps(accuracies[tract], accuracies[longer]))
         measurements += [measured(f"accuracy, {arm}", accuracies[arm], "fraction") for arm in (tract, plain, longer)]
         case = f"{data}, {optimizer}"
         measurements += [
@@ -102,9 +103,8 @@ def _fewer_epochs(accuracies: dict[Arm, list[float]]) -> Finding:
                 paper="0 at 1.25 to 4 times fewer epochs",
             ),
         ]
-    better = [verdict(difference, +1, MARGIN) == "better" for difference in judged(gains)]
-    reaches = [difference.low > -MARGIN for difference in judged(distances)]
-    borne_out = {case: a and b for case, a, b in zip(cases, better, reaches, strict=True)}
+    reached = [surely_above(distance, -MARGIN) for distance in distances]
+    borne_out = {case: a and b for case, a, b in zip(cases, above_zero(*gains), reached, strict=True)}
     with_sgd = all(held for (_, optimizer), held in borne_out.items() if optimizer == "SGD")
     says: Verdict = "reproduced" if all(borne_out.values()) else "partly" if with_sgd else "not reproduced"
     return Finding(
@@ -127,9 +127,9 @@ def _contrast(accuracies: dict[Arm, list[float]]) -> Finding:
     for data, (_, epochs) in EPOCHS.items():
         plain, tract = Arm(data, "SGD", "plain", epochs), Arm(data, "SGD", "TrAct", epochs)
         varied_plain, varied_tract = replace(plain, contrast="varied"), replace(tract, contrast="varied")
-        ordinary = paired(accuracies[tract], accuracies[plain])
-        gains.append(paired(accuracies[varied_tract], accuracies[varied_plain]))
-        excesses.append(paired(gains[-1], ordinary))
+        ordinary = gaps(accuracies[tract], accuracies[plain])
+        gains.append(gaps(accuracies[varied_tract], accuracies[varied_plain]))
+        excesses.append(gaps(gains[-1], ordinary))
         measurements += [
             *(
                 measured(f"accuracy, {arm}", accuracies[arm], "fraction")
@@ -139,7 +139,7 @@ def _contrast(accuracies: dict[Arm, list[float]]) -> Finding:
             measured(f"gain of TrAct, {data} with varied contrast", gains[-1], "fraction"),
             measured(f"gain with varied contrast less gain without, {data}", excesses[-1], "fraction"),
         ]
-    better = [verdict(difference, +1, MARGIN) == "better" for difference in judged([*gains, *excesses])]
+    better = above_zero(*gains, *excesses)
     borne_out = [gain and excess for gain, excess in zip(better[: len(gains)], better[len(gains) :], strict=True)]
     says: Verdict = "reproduced" if all(borne_out) else "partly" if any(borne_out) else "not reproduced"
     return Finding(
@@ -163,8 +163,10 @@ def perceptron() -> nn.Module:
 def accuracy_of(run: Run[Setting]) -> float:
     """Train, and give the accuracy; 0 where training diverged."""
     arm, streams = run.setting.arm, Streams(run.seed)
-    samples, make = (digits.samples, digits.convolutional) if arm.data == "digits" else (mnist1d.samples, perceptron)
-    division = divide(samples(), 0.2, "all", streams)
+    if arm.data == "digits":
+        division, make = divide(digits.samples(), 0.2, "all", streams), digits.convolutional
+    else:
+        division, make = curves(run.seed), perceptron
     if arm.contrast == "varied":
         generator = streams("contrast")
         division = Division(*(Part(with_varied_contrast(part.x, generator), part.y) for part in division))

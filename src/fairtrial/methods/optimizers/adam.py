@@ -41,6 +41,7 @@ def adam_direction(
     betas: tuple[float, float],
     eps: float,
     nesterov: bool = False,
+    out: list[Tensor] | None = None,
 ) -> list[Tensor]:
     """Count a step, fold the gradients into the moments, in place, and return m̂ / (√v̂ + eps).
 
@@ -48,6 +49,7 @@ def adam_direction(
         grads, exp_avgs, exp_avg_sqs: equally long lists of tensors of one device and dtype, equal shapes at each index.
         steps: as many tensors of shape (), on the CPU.
         nesterov: take β1 m + (1 - β1) g in place of m.
+        out: tensors to write the result to, instead of new ones.
     """
     beta1, beta2 = betas
     torch._foreach_add_(steps, torch.ones(()), alpha=1.0)  # a plain 1 would be wrapped anew for every tensor
@@ -55,14 +57,19 @@ def adam_direction(
     torch._foreach_mul_(exp_avg_sqs, beta2)
     torch._foreach_addcmul_(exp_avg_sqs, grads, grads, 1 - beta2)
     c1, c2 = bias_corrections(beta1, steps), bias_corrections(beta2, steps)
+    if out is None:
+        denominators = list(torch._foreach_sqrt(exp_avg_sqs))
+    else:
+        denominators = out
+        torch._foreach_copy_(denominators, exp_avg_sqs)
+        torch._foreach_sqrt_(denominators)
     # c1 goes into the denominator: c1 (√v / √c2 + eps)
-    denominators = torch._foreach_sqrt(exp_avg_sqs)
     torch._foreach_mul_(denominators, [a / b**0.5 for a, b in zip(c1, c2, strict=True)])
     torch._foreach_add_(denominators, [eps * a for a in c1])
     numerators = torch._foreach_lerp(exp_avgs, grads, 1 - beta1) if nesterov else exp_avgs
     for numerator, denominator in zip(numerators, denominators, strict=True):
         torch.div(numerator, denominator, out=denominator)
-    return list(denominators)
+    return denominators
 
 
 def bias_corrections(beta: float, steps: Sequence[Tensor]) -> list[Any]:

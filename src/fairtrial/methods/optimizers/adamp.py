@@ -22,11 +22,12 @@ least eps.
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
@@ -104,7 +105,7 @@ class AdamP(Optimizer):
         check_state(self, state, adam_state_shapes)
         super().__setstate__(state)
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @_disable_dynamo
     def _gather(self) -> list[tuple[dict[str, Any], Tensor, tuple[list[Tensor], ...]]]:
         gathered = []
         for group, (params, grads) in zip(self.param_groups, with_gradient(self), strict=True):
@@ -124,6 +125,8 @@ class AdamP(Optimizer):
         for group, rates, (params, grads, exp_avgs, exp_avg_sqs, steps) in self._gather():
             if group["maximize"]:
                 grads = list(torch._foreach_neg(grads))
+            workspace = list(torch._foreach_mul(grads, params))
+            invariance = scale_invariance(workspace, params, grads, group)
             updates = adam_direction(
                 grads,
                 exp_avgs,
@@ -132,8 +135,10 @@ class AdamP(Optimizer):
                 betas=group["betas"],
                 eps=group["eps"],
                 nesterov=group["nesterov"],
+                out=workspace,
             )
-            apply_projected_(params, grads, updates, group, rates)
+            remove_radial_part_(updates, params, invariance, group)
+            decay_and_descend_(params, updates, invariance, group, rates)
         return loss
 
 
@@ -205,7 +210,7 @@ class SGDP(Optimizer):
         check_state(self, state, lambda group, p, saved: {"momentum_buffer": p.shape})
         super().__setstate__(state)
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @_disable_dynamo
     def _gather(self) -> list[tuple[dict[str, Any], Tensor, tuple[list[Tensor], ...]]]:
         gathered = []
         for group, (params, grads) in zip(self.param_groups, with_gradient(self), strict=True):
@@ -228,8 +233,15 @@ class SGDP(Optimizer):
                 grads = list(torch._foreach_neg(grads))
             torch._foreach_mul_(buffers, momentum)
             torch._foreach_add_(buffers, grads, alpha=1 - group["dampening"])
-            updates = list(torch._foreach_add(grads, buffers, alpha=momentum)) if group["nesterov"] else buffers
-            apply_projected_(params, grads, updates, group, rates)
+            invariance = scale_invariance(list(torch._foreach_mul(grads, params)), params, grads, group)
+            if group["nesterov"]:
+                updates = list(torch._foreach_add(grads, buffers, alpha=momentum))
+            else:  # the momentum itself is not to be projected
+                updates = list(buffers)
+                for i, hit in zip(invariance.at, invariance.hits, strict=True):
+                    updates[i] = buffers[i] if hit is False else buffers[i].clone()
+            remove_radial_part_(updates, params, invariance, group)
+            decay_and_descend_(params, updates, invariance, group, rates)
         return loss
 
 
@@ -238,67 +250,90 @@ def check_projection(group: Mapping[str, Any]) -> None:
     require(0 <= group["wd_ratio"] <= 1, "wd_ratio", group["wd_ratio"], "within [0, 1]")
 
 
-def apply_projected_(
+class ScaleInvariance(NamedTuple):
+    """What the test has found for the tensors of two or more dimensions among the parameters.
+
+    Its answers are bools; where no value is to be waited for, on other devices than the CPU and under `torch.compile`,
+    they are numbers 0 or 1 of shape ().
+    """
+
+    at: list[int]  # positions in the list of parameters
+    hits: list[bool | Float[Tensor, ""]]  # whether the test fired
+    by_channel: list[bool | Float[Tensor, ""]]  # and whether for the channels, or else for the whole tensor
+    channel_norms: list[Float[Tensor, " out"]]  # of the weights
+    norms: list[Float[Tensor, ""]]
+
+
+def scale_invariance(
+    products: list[Tensor], params: list[Tensor], grads: list[Tensor], group: Mapping[str, Any]
+) -> ScaleInvariance:
+    """Test every tensor of two or more dimensions, by output channel and as a whole; `products` are g ⊙ w."""
+    delta, eps = group["delta"], group["eps"]
+    at = [i for i, p in enumerate(params) if p.ndim > 1]
+    if not at:
+        return ScaleInvariance([], [], [], [], [])
+    matrices = [params[i] for i in at]
+    dtype = torch.promote_types(params[0].dtype, torch.float32)
+    dots = [products[i].sum(rest(p), dtype=dtype) for i, p in zip(at, matrices, strict=True)]
+    g_rows = [torch.linalg.vector_norm(grads[i], dim=rest(p), dtype=dtype) for i, p in zip(at, matrices, strict=True)]
+    w_rows = [torch.linalg.vector_norm(p, dim=rest(p), dtype=dtype) for p in matrices]
+    g_norms, w_norms = torch._foreach_norm(g_rows), torch._foreach_norm(w_rows)
+
+    # one cosine for every channel of every tensor, then one for every tensor
+    inner = torch.cat([*dots, torch.stack([dot.sum() for dot in dots])]).abs()
+    lengths = [torch.cat([*xs, torch.stack(x)]).clamp(min=eps) for xs, x in ((g_rows, g_norms), (w_rows, w_norms))]
+    *channels, whole = (inner / (lengths[0] * lengths[1])).split([*map(len, matrices), len(at)])
+    limits = [[delta * (len(p) / p.numel()) ** 0.5 for p in matrices], [delta / p.numel() ** 0.5 for p in matrices]]
+    peaks = torch.stack([torch.stack([cosines.amax() for cosines in channels]), whole])
+    fires = peaks < torch.tensor(limits, dtype=dtype, device=whole.device)
+
+    readable = fires.device.type == "cpu" and not torch.compiler.is_compiling()
+    hits: list[Any] = fires.any(0).tolist() if readable else list(fires.any(0).to(dtype).unbind())
+    by_channel: list[Any] = fires[0].tolist() if readable else list(fires[0].to(dtype).unbind())
+    return ScaleInvariance(at, hits, by_channel, w_rows, list(w_norms))
+
+
+def remove_radial_part_(
+    updates: list[Tensor], params: list[Tensor], invariance: ScaleInvariance, group: Mapping[str, Any]
+) -> None:
+    """u ← u - ŵ (ŵ·u) where the test has fired, by the channels of u or for u as a whole."""
+    for i, hit, by_channel, channel_norms, norm in zip(*invariance, strict=True):
+        if hit is not False:
+            u, w = updates[i], params[i]
+            dots = (u * w).sum(rest(w), dtype=norm.dtype)
+            length = choose(by_channel, channel_norms, norm) + group["eps"]
+            along = choose(by_channel, dots, dots.sum()) / length.square()
+            along = choose(hit, along, torch.zeros_like(along)).to(w.dtype)
+            u.addcmul_(along.view(-1, *[1] * (w.ndim - 1)), w, value=-1)
+
+
+def choose(condition: bool | Float[Tensor, ""], x: Tensor, y: Tensor) -> Tensor:
+    """x if the condition holds, else y."""
+    if isinstance(condition, Tensor):
+        return torch.where(condition > 0, x, y)
+    return x if condition else y
+
+
+def decay_and_descend_(
     params: list[Tensor],
-    grads: list[Tensor],
     updates: list[Tensor],
+    invariance: ScaleInvariance,
     group: Mapping[str, Any],
     rates: Float[Tensor, "2"],
 ) -> None:
-    """w ← w (1 - decay · r) - lr Π(u) with rates (lr, decay); r is wd_ratio for what Π projects and 1 for the rest."""
+    """w ← w (1 - decay · r) - lr u with rates (lr, decay); r is wd_ratio for what was projected and 1 for the rest."""
     lr, decay = scalars(rates)
-    updates = list(updates)
-    at = [i for i, p in enumerate(params) if p.ndim > 1]
-    if at:
-        matrices = [params[i] for i in at]
-        tangential, invariant = without_radial_part(
-            [updates[i] for i in at], matrices, [grads[i] for i in at], delta=group["delta"], eps=group["eps"]
-        )
-        for i, update in zip(at, tangential, strict=True):
-            updates[i] = update
-        if group["weight_decay"]:
-            torch._foreach_mul_(matrices, [1 - decay * (1 - (1 - group["wd_ratio"]) * hit) for hit in invariant])
-    vectors = [p for p in params if p.ndim <= 1]
-    if vectors and group["weight_decay"]:
-        torch._foreach_mul_(vectors, 1 - decay)
+    if group["weight_decay"]:
+        matrices = [params[i] for i in invariance.at]
+        if matrices:
+            shares = [1 - (1 - group["wd_ratio"]) * hit for hit in invariance.hits]
+            torch._foreach_mul_(matrices, [1 - decay * share for share in shares])
+        vectors = [p for p in params if p.ndim <= 1]
+        if vectors:
+            torch._foreach_mul_(vectors, 1 - decay)
     descend_(params, updates, lr)
 
 
-def without_radial_part(
-    updates: list[Tensor], params: list[Tensor], grads: list[Tensor], *, delta: float, eps: float
-) -> tuple[list[Tensor], list[Any]]:
-    """Take the part along w out of the updates of scale-invariant weights.
-
-    Args:
-        updates, params, grads: equally long lists of tensors (out, ...) of at least two dimensions and one dtype.
-
-    Returns:
-        The updates, the projected ones as new tensors, and for each whether it was projected: a bool, or, where no
-        value is to be waited for, on other devices than the CPU and under `torch.compile`, a 0 or 1 of shape ().
-    """
-    dims = [tuple(range(1, p.ndim)) for p in params]
-    dtype = torch.promote_types(params[0].dtype, torch.float32)
-    dots = [(g * w).sum(d, dtype=dtype) for g, w, d in zip(grads, params, dims, strict=True)]
-    g_rows = [torch.linalg.vector_norm(g, dim=d, dtype=dtype) for g, d in zip(grads, dims, strict=True)]
-    w_rows = [torch.linalg.vector_norm(w, dim=d, dtype=dtype) for w, d in zip(params, dims, strict=True)]
-    g_norms, w_norms = torch.stack(torch._foreach_norm(g_rows)), torch.stack(torch._foreach_norm(w_rows))
-
-    # one cosine for every channel of every tensor, then one for every tensor
-    products = torch.cat([*dots, torch.stack([dot.sum() for dot in dots])]).abs()
-    lengths = torch.cat([*g_rows, g_norms]).clamp(min=eps) * torch.cat([*w_rows, w_norms]).clamp(min=eps)
-    *by_channel, whole = (products / lengths).split([*map(len, params), len(params)])
-    limits = [[delta * (len(p) / p.numel()) ** 0.5 for p in params], [delta / p.numel() ** 0.5 for p in params]]
-    peaks = torch.stack([torch.stack([cosines.amax() for cosines in by_channel]), whole])
-    fires = peaks < torch.tensor(limits, dtype=dtype, device=whole.device)
-    invariant = fires.any(0)
-
-    readable = invariant.device.type == "cpu" and not torch.compiler.is_compiling()
-    updates, invariants = list(updates), invariant.unbind()
-    for i in invariant.nonzero()[:, 0].tolist() if readable else range(len(updates)):
-        u, w, per_channel = updates[i], params[i], fires[0, i]
-        dot = (u * w).sum(dims[i], dtype=dtype)
-        dot = torch.where(per_channel, dot, dot.sum())
-        norm = torch.where(per_channel, w_rows[i], w_norms[i]) + eps
-        along = torch.where(invariants[i], dot / norm.square(), 0.0).to(w.dtype)
-        updates[i] = torch.addcmul(u, along.view(-1, *[1] * len(dims[i])), w, value=-1)
-    return updates, invariant.tolist() if readable else list(invariant.to(dtype).unbind())
+def rest(w: Tensor) -> tuple[int, ...]:
+    """All dimensions but that of the output channels."""
+    return tuple(range(1, w.ndim))

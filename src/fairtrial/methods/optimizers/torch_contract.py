@@ -17,7 +17,7 @@ from fairtrial.methods.arguments import require
 def check_rates(group: Mapping[str, Any]) -> None:
     """Refuse a parameter group whose learning rate, decay or eps is not a number of at least 0."""
     for name in ("lr", "weight_decay", "eps"):
-        require(0 <= group[name] < float("inf"), name, group[name], "at least 0 and finite")
+        require(0 <= float(group[name]) < float("inf"), name, group[name], "at least 0 and finite")
 
 
 def evaluate(closure: Callable[[], Any] | None) -> Any:
