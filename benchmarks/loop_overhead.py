@@ -1,6 +1,6 @@
 """What the shared training loop costs over the plainest one: `load('digits').run(...)` against a hand-written loop.
 
-Both do the same maths: 240 steps of AdamW with a cosine schedule, validated five times, tested once. They alternate in
+Both do the same maths: 400 steps of AdamW with a cosine schedule, validated five times, tested once. They alternate in
 one process; printed is the median ratio of their processor times, with the range of the middle half.
 
     OMP_NUM_THREADS=1 python benchmarks/loop_overhead.py
@@ -26,7 +26,7 @@ def accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
     return correct / len(y)
 
 
-STEPS = 240
+STEPS = 400
 
 
 def plain(x: Tensor, y: Tensor, x_validation: Tensor, y_validation: Tensor, x_test: Tensor, y_test: Tensor) -> float:

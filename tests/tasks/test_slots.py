@@ -69,12 +69,14 @@ def test_a_slug_stands_for_its_namesake_or_for_the_first_in_the_file(monkeypatch
         ("two_words", "TwoWords"),
         ("other", "First"),
         ("other", "Second"),
+        ("odd", "Odder"),
+        ("odd", "o_d_d"),
     ]
     entries = tuple(Entry(paper, "loss", name, "nowhere") for paper, name in announced)
     monkeypatch.setattr("fairtrial.methods.registry.index", lambda: (*entries, Entry("other", "batch", "X", "nowhere")))
     options = slots.Options([], "loss")
-    assert options.names() == ["TwoWordsPlus", "TwoWords", "First", "Second"]
-    assert options.aliases() == {"two_words": "TwoWords", "other": "First"}
+    assert options.names() == ["TwoWordsPlus", "TwoWords", "First", "Second", "Odder", "o_d_d"]
+    assert options.aliases() == {"two_words": "TwoWords", "other": "First", "odd": "o_d_d"}
 
 
 def test_the_paper_of_a_real_method_is_its_alias() -> None:

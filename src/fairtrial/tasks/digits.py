@@ -48,7 +48,7 @@ digits = SupervisedTask(
     also={"cross entropy": cross_entropy},
     samples=samples,
     model=perceptron,
-    total_steps=240,
+    total_steps=400,
     scale="all",
 )
 

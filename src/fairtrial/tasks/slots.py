@@ -8,6 +8,14 @@ from fairtrial.methods import registry
 from fairtrial.methods.registry import Method
 from fairtrial.tasks import standard
 
+ADAMW = Choice("AdamW")
+CROSS_ENTROPY = Choice("CrossEntropyLoss")
+SQUARED_ERROR = Choice("MSELoss")
+COSINE = Choice("CosineAnnealingLR")
+NO_TRANSFORM = Choice("NoTransform")
+RANDOM_ORDER = Choice("RandomSampler")
+NO_SURGERY = Choice("NoSurgery")
+
 
 @dataclass(frozen=True)
 class Options:
@@ -28,7 +36,7 @@ class Options:
         """A paper's slug stands for its headline method: its namesake, else the first in its file."""
         found: dict[str, str] = {}
         for entry in self._entries():
-            if entry.paper not in found or entry.name.lower() == entry.paper.replace("_", ""):
+            if entry.paper not in found or _plain(entry.name) == _plain(entry.paper):
                 found[entry.paper] = entry.name
         return found
 
@@ -45,54 +53,58 @@ class Options:
         return [entry for entry in registry.index() if entry.slot == self.announced]
 
 
-def optimizer_slot(default: str = "AdamW") -> Slot:
+def _plain(name: str) -> str:
+    return name.replace("_", "").lower()
+
+
+def optimizer_slot(default: Choice = ADAMW) -> Slot:
     """`torch.optim.Optimizer`s over the model's trainable parameters."""
     return Slot(
         "optimizer",
-        Choice(default),
+        default,
         Options(standard.OPTIMIZERS, "optimizer"),
         lambda setting: {"params": [p for p in setting.model.parameters() if p.requires_grad]},
     )
 
 
-def loss_slot(default: str = "CrossEntropyLoss") -> Slot:
+def loss_slot(default: Choice = CROSS_ENTROPY) -> Slot:
     """Losses of scores (n, classes) and class indices (n,)."""
-    return Slot("loss", Choice(default), Options(standard.CLASSIFICATION_LOSSES, "loss"))
+    return Slot("loss", default, Options(standard.CLASSIFICATION_LOSSES, "loss"))
 
 
-def regression_loss_slot(default: str = "MSELoss") -> Slot:
+def regression_loss_slot(default: Choice = SQUARED_ERROR) -> Slot:
     """Losses of predictions (n,) and targets (n,)."""
-    return Slot("loss", Choice(default), Options(standard.REGRESSION_LOSSES, "regression_loss"))
+    return Slot("loss", default, Options(standard.REGRESSION_LOSSES, "regression_loss"))
 
 
-def schedule_slot(default: str = "CosineAnnealingLR") -> Slot:
+def schedule_slot(default: Choice = COSINE) -> Slot:
     """`LRScheduler`s, stepped after every training step."""
     return Slot(
         "schedule",
-        Choice(default),
+        default,
         Options(standard.SCHEDULES, "schedule"),
         lambda setting: {"optimizer": setting.optimizer},
     )
 
 
-def batch_slot(default: str = "NoTransform") -> Slot:
+def batch_slot(default: Choice = NO_TRANSFORM) -> Slot:
     """Callables `(x, y, generator) -> (x, y)` that change a batch before the model sees it."""
-    return Slot("batch", Choice(default), Options(standard.BATCH_TRANSFORMS, "batch"))
+    return Slot("batch", default, Options(standard.BATCH_TRANSFORMS, "batch"))
 
 
-def sampler_slot(default: str = "RandomSampler") -> Slot:
+def sampler_slot(default: Choice = RANDOM_ORDER) -> Slot:
     """`torch.utils.data.Sampler`s of indices into the training set, drawn anew in every epoch."""
     return Slot(
         "sampler",
-        Choice(default),
+        default,
         Options(standard.SAMPLERS, "sampler"),
         lambda setting: {"generator": setting.order},
     )
 
 
-def layer_slot(default: str = "NoSurgery") -> Slot:
+def layer_slot(default: Choice = NO_SURGERY) -> Slot:
     """Functions that take the freshly initialised model and return the changed one."""
-    return Slot("layer", Choice(default), Options(standard.LAYERS, "layer"), lambda setting: {"model": setting.model})
+    return Slot("layer", default, Options(standard.LAYERS, "layer"), lambda setting: {"model": setting.model})
 
 
 def classification_slots() -> dict[str, Slot]:

@@ -219,7 +219,7 @@ class SupervisedTask:
         setting.model = fill("layer")
         loss, batch, sampler = fill("loss"), fill("batch"), fill("sampler")
         setting.optimizer = fill("optimizer")
-        if hasattr(batch, "criterion") and chosen["loss"] != slots["loss"].default:
+        if hasattr(batch, "criterion") and chosen["loss"].name != slots["loss"].default.name:
             raise BadInput(f"{chosen['batch']} brings a loss of its own, so {chosen['loss']} cannot be used with it")
         return Parts(setting.model, loss, setting.optimizer, fill("schedule"), batch, sampler)
 

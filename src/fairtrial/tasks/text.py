@@ -8,10 +8,10 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fairtrial.contract import Metric
+from fairtrial.contract import Choice, Metric
 from fairtrial.tasks.measures import accuracy, bits
 from fairtrial.tasks.samples import Samples, hold_out
-from fairtrial.tasks.slots import classification_slots
+from fairtrial.tasks.slots import layer_slot, loss_slot, optimizer_slot, schedule_slot
 from fairtrial.tasks.supervised import SupervisedTask
 
 CONTEXT = 64  # bytes that the model sees at once
@@ -60,8 +60,12 @@ class ByteTransformer(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, 256, bias=False)
         for name, weight in self.named_parameters():
-            if weight.ndim == 2:  # branches that are added up start smaller, the more of them there are
-                nn.init.normal_(weight, std=0.02 / (2 * depth) ** 0.5 if name.endswith("out.weight") else 0.02)
+            if name.endswith("out.weight"):  # branches that are added up start smaller, the more of them there are
+                nn.init.normal_(weight, std=(2 * depth * weight.shape[1]) ** -0.5)
+            elif weight.ndim == 2:
+                nn.init.normal_(weight, std=weight.shape[1] ** -0.5)
+        for table in self.bytes, self.positions:
+            nn.init.normal_(table.weight, std=0.1)
 
     def forward(self, x: Int[Tensor, "n t"]) -> Float[Tensor, "nt c"]:
         hidden = self.bytes(x) + self.positions.weight[: x.shape[1]]
@@ -77,8 +81,16 @@ text = SupervisedTask(
     also={"accuracy": accuracy},
     samples=samples,
     model=ByteTransformer,
-    total_steps=400,
-    batch_size=16,
-    slots={name: slot for name, slot in classification_slots().items() if name not in ("batch", "sampler")},
+    total_steps=750,
+    batch_size=8,
+    slots={
+        slot.name: slot
+        for slot in (
+            optimizer_slot(),
+            loss_slot(),
+            schedule_slot(Choice("OneCycleLR", {"pct_start": 0.2})),  # a transformer's rate has to rise slowly
+            layer_slot(),
+        )
+    },
     validation=0.1,
 )

@@ -1,9 +1,9 @@
 """The bench measured on itself: how often its verdicts are wrong, how often they find what is there.
 
 A pool of real runs of a task's baseline, each with a seed of its own: everything that a seed decides is drawn anew in
-each, initial weights, the method's own random stream, order and split of the data. Comparisons are drawn from it, all runs
-of one without replacement: n runs stand for the baseline and n for each of the methods, which are placebos, since they
-are the baseline. Whatever the distribution of the pool, exchanging two of its runs changes nothing, so that the
+each, initial weights, the method's own random stream, order and split of the data. Comparisons are drawn from it, all
+runs of one without replacement: n runs stand for the baseline and n for each of the methods, which are placebos, since
+they are the baseline. Whatever the distribution of the pool, exchanging two of its runs changes nothing, so that the
 differences are symmetric around 0: a verdict of `better` or `worse` is false, and an interval should hold 0. Runs that
 shared their seed's split and order, as a comparison's do, would be exchangeable just as well; they would only differ by
 less, and that the figures here do not depend on, as everything is measured in standard deviations of the differences.
@@ -38,6 +38,7 @@ METHODS = (1, 3, 8)
 BUDGET = 40  # seeds, of comparisons that run until decided
 EFFECTS = (0.5, 0.75, 1.0)  # in standard deviations of the paired difference: 20 seeds find 56 %, 88 % and 99 %
 DIVERGED = 0.05
+SKEWED = "skewed (exponential)"
 
 Design = Literal["fixed", "until decided"]
 Array = NDArray[np.float64]
@@ -91,8 +92,8 @@ class Coverage:
 
     Attributes:
         pool, design, seeds: as in `FalseVerdicts`.
-        spread: 1 for a placebo. 2 for one whose values lie twice as far from their mean: differences are then no longer
-            symmetric if the pool is skewed, and the intervals promise nothing; the figure says what that costs.
+        spread: 1 for a placebo. 2 for one whose values lie twice as far from their mean: if the pool is skewed then
+            differences are so too, and the intervals promise nothing; the figure says what that costs.
         share: of comparisons whose interval holds it.
     """
 
@@ -190,12 +191,13 @@ class Calibration:
 
     def _not_found_as_computed(self) -> Iterator[str]:
         for found in self.detection:
-            if found.computed is not None and found.pool == "as measured":
-                if abs(found.share.rate - found.computed) > 0.1:
-                    yield (
-                        f"an effect of {found.effect:g} found in {found.share.rate:.1%} of cases and not "
-                        f"{found.computed:.1%}: {_case(found)}, {found.methods} methods"
-                    )
+            if found.pool != "as measured" or found.computed is None:
+                continue
+            if abs(found.share.rate - found.computed) > 0.1:
+                yield (
+                    f"an effect of {found.effect:g} found in {found.share.rate:.1%} of cases and not "
+                    f"{found.computed:.1%}: {_case(found)}, {found.methods} methods"
+                )
 
     def _too_long(self) -> Iterator[str]:
         for saving in self.savings:
@@ -289,36 +291,39 @@ def calibration_of(
     for name, shape in shapes(pool, metric).items():
         baseline, methods = shape[drawn[:, 0]], shape[drawn[:, 1:]]
         placebos = methods - baseline[:, None]
-        further_out = methods[:, 0] + (methods[:, 0] - shape.mean()) - baseline
+        truth = {1: placebos[:, 0]}
+        if name in ("as measured", SKEWED):
+            truth[2] = 2 * methods[:, 0] - shape.mean() - baseline
         shift = math.sqrt(2) * float(shape.std(ddof=1))
         for n in SEEDS:
             p = _p_values(placebos[..., :n])
-            false_verdicts += [FalseVerdicts(name, "fixed", n, m, _any_below(p[:, :m])) for m in METHODS]
-            coverage.append(Coverage(name, "fixed", n, 1, _count(p[:, 0] >= LEVEL)))
-            coverage.append(Coverage(name, "fixed", n, 2, _count(_p_values(further_out[:, :n]) >= LEVEL)))
+            false_verdicts += [FalseVerdicts(name, "fixed", n, m, _any_significant(p[:, :m])) for m in METHODS]
+            coverage += [Coverage(name, "fixed", n, k, _count(_p_values(d[:, :n]) >= LEVEL)) for k, d in truth.items()]
             for effect in EFFECTS:
                 better = placebos[:, 0, :n] + effect * shift
-                with_effect = np.concatenate([_p_values(better)[:, None], p[:, 1:]], axis=1)
+                p[:, 0] = _p_values(better)
                 for m in METHODS:
-                    corrected = np.array([holm(row)[0] for row in with_effect[:, :m]])
-                    share = _count((corrected < LEVEL) & (better.mean(axis=1) > 0))
+                    found = np.array([holm(row)[0] < LEVEL for row in p[:, :m]]) & (better.mean(axis=1) > 0)
                     computed = statistics.power(effect, 1.0, n, LEVEL / m)
-                    detection.append(Detection(name, "fixed", n, m, effect, share, computed))
+                    detection.append(Detection(name, "fixed", n, m, effect, _count(found), computed))
+        least = sequential.least_levels(placebos.reshape(-1, BUDGET)).reshape(placebos.shape[:2])
         for m in METHODS:
-            crossed = _ever_crossed(placebos[:, :m], LEVEL / m)
+            crossed = np.zeros((comparisons, m), dtype=bool)
+            near = least[:, :m] <= LEVEL / m
+            crossed[near] = _ever_crossed(placebos[:, :m][near], LEVEL / m)
             false_verdicts.append(FalseVerdicts(name, "until decided", BUDGET, m, _count(crossed.any(axis=1))))
-        outside = _ever_crossed(np.stack([placebos[:, 0], further_out], axis=1), LEVEL)
-        coverage += [Coverage(name, "until decided", BUDGET, k + 1, _count(~outside[:, k])) for k in range(2)]
-    placebos = pool[drawn[:, 1:]] - pool[drawn[:, :1]]
+        for k, d in truth.items():
+            coverage.append(Coverage(name, "until decided", BUDGET, k, _count(~_ever_crossed(d, LEVEL))))
+    placebo = pool[drawn[:, 1]] - pool[drawn[:, 0]]
     spread = math.sqrt(2) * float(pool.std(ddof=1))
     savings = []
     for effect in EFFECTS:
         for m in METHODS:
-            better = placebos[:, 0] + effect * spread
-            looks, found = _first_crossing(better, LEVEL / m)
-            detection.append(Detection("as measured", "until decided", BUDGET, m, effect, _count(found > 0), None))
+            seeds, side = _first_crossing(placebo + effect * spread, LEVEL / m)
+            share = _count(side > 0)
+            detection.append(Detection("as measured", "until decided", BUDGET, m, effect, share, None))
             if m == 1:
-                savings.append(_saving(effect, looks, _count(found > 0)))
+                savings.append(_saving(effect, seeds, share))
     return Calibration(
         task,
         version,
@@ -345,7 +350,7 @@ def shapes(pool: Array, metric: Metric) -> dict[str, Array]:
     return {
         "as measured": pool,
         "heavy tails (Student's t, 2 degrees of freedom)": stats.t.ppf(share, 2),
-        "skewed (exponential)": stats.expon.ppf(share),
+        SKEWED: stats.expon.ppf(share),
         "many ties (rounded to standard deviations)": np.round((pool - pool.mean()) / spread),
         "one in twenty diverged": diverged,
     }
@@ -373,18 +378,15 @@ def _p_values(differences: Array) -> Array:
     roundoff = 8 * n * np.finfo(np.float64).eps * np.abs(series).sum(axis=1)
     observed = np.abs(series.sum(axis=1)) - roundoff
     step = max(1, 2**18 // len(flips))
-    extreme = np.concatenate(
-        [
-            np.count_nonzero(np.abs(part @ flips.T) >= bound[:, None], axis=1)
-            for part, bound in (
-                (series[at : at + step], observed[at : at + step]) for at in range(0, len(series), step)
-            )
-        ]
-    )
-    return ((2 * extreme + further) / patterns).reshape(shape)
+    extreme = np.empty(len(series))
+    for first in range(0, len(series), step):
+        part = slice(first, first + step)
+        extreme[part] = (np.abs(series[part] @ flips.T) >= observed[part, None]).sum(axis=1)
+    p: Array = ((2 * extreme + further) / patterns).reshape(shape)
+    return p
 
 
-def _any_below(p: Array) -> Share:
+def _any_significant(p: Array) -> Share:
     return _count(np.array([min(holm(row)) < LEVEL for row in p]))
 
 
@@ -393,8 +395,8 @@ def _count(cases: NDArray[np.bool_]) -> Share:
 
 
 def _ever_crossed(differences: Array, level: float) -> NDArray[np.bool_]:
-    *shape, n = differences.shape
-    return (sequential.crossings(differences.reshape(-1, n), level) != 0).any(axis=1).reshape(shape)
+    crossed: NDArray[np.bool_] = (sequential.crossings(differences, level) != 0).any(axis=1)
+    return crossed
 
 
 def _first_crossing(differences: Array, level: float) -> tuple[NDArray[np.int64], NDArray[np.int8]]:
@@ -406,7 +408,7 @@ def _first_crossing(differences: Array, level: float) -> tuple[NDArray[np.int64]
     return np.where(side != 0, looks[first], differences.shape[1]), side
 
 
-def _saving(effect: float, looks: NDArray[np.int64], found: Share) -> Saving:
+def _saving(effect: float, seeds: NDArray[np.int64], found: Share) -> Saving:
     fixed = next(n for n in range(6, 10_000) if statistics.power(effect, 1.0, n) >= found.low)
-    median = float(np.median(looks))
+    median = float(np.median(seeds))
     return Saving(effect, median, fixed, median / fixed)

@@ -15,9 +15,12 @@ import traceback
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from typing import Protocol
+
+from threadpoolctl import ThreadpoolController
 
 from fairtrial.contract import BadInput, Costs, Diverged, Outcome, Pruned, Task
 from fairtrial.trial.recipe import Run
@@ -99,15 +102,20 @@ def _in_plain_numbers(outcome: Outcome) -> Outcome:
 def _one_thread() -> Iterator[None]:
     """More threads would change the order of sums, and with it the figures."""
     import torch
-    from threadpoolctl import threadpool_limits
 
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        with threadpool_limits(1):
+        with _thread_pools().limit(limits=1):
             yield
     finally:
         torch.set_num_threads(before)
+
+
+@cache
+def _thread_pools() -> ThreadpoolController:
+    """The libraries with threads of their own; looked for once, after torch and the task have been imported."""
+    return ThreadpoolController()
 
 
 class Executor(Protocol):

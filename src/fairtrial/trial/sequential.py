@@ -121,11 +121,20 @@ def crossings(differences: NDArray[np.float64], level: float) -> NDArray[np.int8
     """
     found = np.zeros((len(differences), len(looks_up_to(differences.shape[1]))), dtype=np.int8)
     for first in range(0, len(differences), SERIES):
-        part = slice(first, first + SERIES)
-        near = first + np.flatnonzero(_near(differences[part], level))
+        near = first + np.flatnonzero(_least_levels(differences[first : first + SERIES]) <= level)
         if near.size:
             found[near] = _crossings(differences[near], level)
     return found
+
+
+def least_levels(differences: NDArray[np.float64]) -> NDArray[np.float64]:
+    """For each series a level; below it there is no crossing at any look. It takes no account of the looks before.
+
+    Args:
+        differences: (series, n), every row a series of its own.
+    """
+    parts = [_least_levels(differences[first : first + SERIES]) for first in range(0, len(differences), SERIES)]
+    return np.concatenate(parts)
 
 
 def _paths(differences: NDArray[np.float64]) -> Iterator[tuple[int, NDArray[np.float64], NDArray[np.float64]]]:
@@ -139,15 +148,17 @@ def _paths(differences: NDArray[np.float64]) -> Iterator[tuple[int, NDArray[np.f
         before = look
 
 
-def _near(differences: NDArray[np.float64], level: float) -> NDArray[np.bool_]:
-    """Series that may cross: those that at some look are among as many of all patterns as may have crossed by then."""
-    near = np.zeros(len(differences), dtype=bool)
-    sums = np.zeros((len(differences), _patterns(differences.shape[1])))
+def _least_levels(differences: NDArray[np.float64]) -> NDArray[np.float64]:
+    """A series that crosses at a look is there among as many of all patterns as may have crossed by then."""
+    patterns = _patterns(differences.shape[1])
+    least = np.full(len(differences), np.inf)
+    sums = np.zeros((len(differences), patterns))
     for look, added, roundoff in _paths(differences):
         sums += added
-        above = np.count_nonzero(sums >= (np.abs(sums[:, 0]) - roundoff)[:, None], axis=1)
-        near |= above <= _allowed(level, look, sums.shape[1])
-    return near
+        as_far = sums >= (np.abs(sums[:, 0]) - roundoff)[:, None]
+        counts = np.array([np.count_nonzero(row) for row in as_far])
+        least = np.minimum(least, 2 * (counts - 1e-6) / (patterns * spent(look)))
+    return least
 
 
 def _crossings(differences: NDArray[np.float64], level: float) -> NDArray[np.int8]:
@@ -167,7 +178,7 @@ def _crossings(differences: NDArray[np.float64], level: float) -> NDArray[np.int
         boundary = top[series, most - 1 - allowed] + roundoff  # the largest sum of all that must stay below
         found.append((own > boundary).astype(np.int8) - (-own > boundary))
         crossing = sums > boundary[:, None]
-        crossed += np.count_nonzero(crossing, axis=1)
+        crossed += [np.count_nonzero(row) for row in crossing]
         sums[crossing] = -np.inf
     return np.stack(found, axis=1)
 

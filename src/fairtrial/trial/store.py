@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -266,6 +267,7 @@ def _refuse_foreign_file(path: Path) -> None:
         connection.close()
 
 
+@cache
 def environment() -> dict[str, Any]:
     """What a recorded figure depends on beside the code: versions and the kind of machine."""
     import platform

@@ -29,9 +29,9 @@ from fairtrial.tasks.supervised import predict
 PAIRS = (("SGD", "SGDP"), ("AdamW", "AdamP"))
 BATCH = 100
 GROWING_STEPS, GROWING_RATE, GROWING_SEEDS = 600, {"SGD": 0.1, "AdamW": 0.01}, 8
-STEPS, TUNING_SEEDS, SEEDS = 1200, 2, 20
+STEPS, TUNING_SEEDS, SEEDS = 1200, 2, 12
 DECAY = {"SGD": 1e-4, "AdamW": 0.01}
-RATES = {"SGD": (0.03, 0.1, 0.3, 1.0), "AdamW": (0.001, 0.003, 0.01, 0.03)}
+RATES = {"SGD": (0.03, 0.1, 0.3, 1.0), "AdamW": (0.003, 0.01, 0.03, 0.1)}
 
 
 def check(measure: Measure) -> list[Finding]:

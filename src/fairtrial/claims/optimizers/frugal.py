@@ -32,7 +32,7 @@ from fairtrial.tasks.supervised import predict
 
 CURVES, TRAINING = 80_000, 60_000  # a fifth is for the test, and 4000 for validation
 CLASSES, WIDTH, BATCH, GAP, DENSITY = 10, 128, 100, 50, 0.25
-RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
+RATES = (1e-3, 3e-3, 1e-2, 3e-2, 0.1)
 TUNING_SEEDS, SEEDS = 2, 10
 GUESSING = math.log(CLASSES)  # the loss that a run which diverges counts with
 DRAWS = 100

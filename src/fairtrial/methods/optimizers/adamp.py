@@ -146,7 +146,8 @@ class AdamP(Optimizer):
     paper="adamp",
     slot="optimizer",
     search={"lr": LogUniform(1e-3, 1.0)},
-    bind=lambda setting: {"momentum": 0.9},  # without momentum there is nothing to project
+    # The paper's usual rate, for there is no default; and without momentum there is nothing to slow down.
+    bind=lambda setting: {"lr": 0.1, "momentum": 0.9},
 )
 class SGDP(Optimizer):
     """SGD with momentum whose update loses its part along scale-invariant weights (Algorithm 1).

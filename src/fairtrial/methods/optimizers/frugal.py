@@ -174,7 +174,8 @@ class FRUGAL(Optimizer):
         require("generator" in state_dict, "state_dict", sorted(state_dict), "of FRUGAL, with the key 'generator'")
         saved = [state_dict["state"].get(i, {}) for group in state_dict["param_groups"] for i in group["params"]]
         params = [p for group in self.param_groups for p in group["params"]]
-        bases = {p: state["basis"] for p, state in zip(params, saved, strict=False) if "basis" in state}
+        bases = {p: state.get("basis") for p, state in zip(params, saved, strict=False)}
+        bases = {p: basis for p, basis in bases.items() if isinstance(basis, Tensor)}
         for p, basis in bases.items():
             fits = basis.is_floating_point() or basis.numel() == 0 or int(basis.max()) < p.numel()
             require(fits, "state_dict", basis, f"indices into a parameter of shape {tuple(p.shape)}")

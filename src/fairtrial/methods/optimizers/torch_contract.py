@@ -93,6 +93,8 @@ def check_state(
         require(not missing, "state_dict", f"a parameter group without {missing}", f"of {type(optimizer).__name__}")
         for p in group["params"]:
             if saved := state["state"].get(p):
+                tensors = all(isinstance(value, Tensor) for value in saved.values())
+                require(tensors, "state_dict", saved, "tensors, by name, for every parameter")
                 found = {name: tuple(value.shape) for name, value in saved.items()}
                 expected = {name: tuple(shape) for name, shape in shapes(group, p, saved).items()}
                 require(found == expected, "state_dict", found, f"{expected} for a parameter of shape {tuple(p.shape)}")
