@@ -7,9 +7,8 @@ BIN := $(VENV)/bin
 demo: $(VENV)/.installed
 	$(BIN)/fairtrial compare digits \
 		optimizer=AdamW,AdamP,FRUGAL \
-		loss=CrossEntropyLoss,LDRLoss \
-		batch=NoTransform,DecoupledMixup \
-		layer=NoSurgery,tract_first_layer
+		loss=CrossEntropyLoss,ZLoss \
+		batch=NoTransform,DecoupledMixup
 
 test: $(VENV)/.installed-dev lint
 	$(BIN)/pytest -n 2 --dist loadfile

@@ -35,9 +35,12 @@ class Streams:
 
         Initialisers and dropout draw from the global generator and take no other.
         """
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self._seed_of(purpose))
+        before = torch.get_rng_state()
+        torch.default_generator.manual_seed(self._seed_of(purpose))  # the CPU's only: no others are drawn from here
+        try:
             yield
+        finally:
+            torch.set_rng_state(before)
 
     def inside(self, name: str) -> "Streams":
         """Further streams, independent of these."""

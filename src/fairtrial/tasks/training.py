@@ -70,22 +70,22 @@ def train(
         optimizer.zero_grad()
         loss = criterion(model(inputs), targets, index)
         loss.backward()  # type: ignore[no-untyped-call]
-        return loss.detach()
+        return loss
 
     def take_step() -> float:
         if needs_closure:
-            loss = optimizer.step(closure)
+            loss: Any = optimizer.step(closure)
         else:
             loss = closure()
             optimizer.step()
         schedule.step()
-        return float(loss)
+        return float(loss.item())
 
     model.train()
     for step in range(1, steps + 1):
         start = perf_counter()
         index = next(batches)
-        inputs, targets = parts.batch(x[index], y[index].flatten(), generator)
+        inputs, targets = parts.batch(x.index_select(0, index), y.index_select(0, index).flatten(), generator)
         if step == MEMORY_STEP:
             with PeakMemory([*tensors_of(parts), inputs, targets]) as memory:
                 loss = take_step()
