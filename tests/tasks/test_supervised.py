@@ -1,5 +1,6 @@
 """Tasks as a whole: what a seed decides, what recipes share, and what is refused."""
 
+import sys
 from dataclasses import replace
 from typing import Any
 
@@ -186,6 +187,13 @@ def test_slots_that_are_not_for_swapping_are_filled_all_the_same() -> None:
     only = {"optimizer": load("digits").slots["optimizer"]}
     assert short(slots=only).run({}, 0).metrics == short().run({}, 0).metrics
     assert short("tabular-diabetes", slots=only).run({}, 0).metrics == short("tabular-diabetes").run({}, 0).metrics
+
+
+def test_a_task_names_the_module_that_defines_it() -> None:
+    for name in names():
+        task = load(name)
+        assert isinstance(task, SupervisedTask)
+        assert any(value is task for value in vars(sys.modules[task.source]).values())
 
 
 def test_the_data_have_a_hash() -> None:

@@ -109,7 +109,8 @@ class SupervisedTask:
     @property
     def source(self) -> str:
         """The module that defines the task."""
-        return self.samples.__module__
+        function = self.samples.func if isinstance(self.samples, partial) else self.samples
+        return function.__module__
 
     @property
     def data_hash(self) -> str:

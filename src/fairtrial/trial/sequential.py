@@ -41,7 +41,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-from fairtrial.trial.statistics import LEVEL, Difference, holm
+from fairtrial.trial.statistics import LEVEL, Difference, characters, holm
 
 DIMENSION = 14  # the group of sign patterns has 2^14 elements, or 2^n if that is less
 LOOKS = tuple(  # how many seeds there are when one looks
@@ -89,23 +89,9 @@ def _allowed(level: float, look: int, patterns: int) -> int:
 
 
 @cache
-def _characters(n: int) -> NDArray[np.int64]:
-    """The subgroup, by its dual: in pattern b the sign of difference i is -1 to the number of ones in b & v_i.
-
-    The first 14 differences turn freely. All v_i have an odd number of ones, so that one pattern turns all signs, and
-    no three signs depend on each other.
-    """
-    every = np.arange(2**DIMENSION)
-    odd = every[np.bitwise_count(every) % 2 == 1]
-    unit = 2 ** np.arange(DIMENSION)
-    further = np.random.default_rng(DIMENSION).permutation(np.setdiff1d(odd, unit))
-    return np.concatenate([unit, np.resize(further, max(0, n - DIMENSION))])[:n].astype(np.int64)
-
-
-@cache
 def _signs(first: int, last: int, patterns: int) -> NDArray[np.float64]:
     """Signs of the differences from `first` to before `last` in all patterns, the data's own first."""
-    common = _characters(last)[first:, None] & np.arange(patterns)
+    common = characters(last, DIMENSION)[first:, None] & np.arange(patterns)
     return np.where(np.bitwise_count(common) % 2, -1.0, 1.0)
 
 
@@ -137,9 +123,10 @@ def least_levels(differences: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.concatenate(parts)
 
 
-def _paths(differences: NDArray[np.float64]) -> Iterator[tuple[int, NDArray[np.float64], NDArray[np.float64]]]:
-    """Look by look what is added to the sums of all patterns, and by how much rounding may move a sum."""
-    patterns = _patterns(differences.shape[1])
+def _paths(
+    differences: NDArray[np.float64], patterns: int
+) -> Iterator[tuple[int, NDArray[np.float64], NDArray[np.float64]]]:
+    """Look by look what is added to the sums of the patterns, and by how much rounding may move a sum."""
     sizes = np.abs(differences).cumsum(axis=1)
     before = 0
     for look in looks_up_to(differences.shape[1]):
@@ -149,15 +136,18 @@ def _paths(differences: NDArray[np.float64]) -> Iterator[tuple[int, NDArray[np.f
 
 
 def _least_levels(differences: NDArray[np.float64]) -> NDArray[np.float64]:
-    """A series that crosses at a look is there among as many of all patterns as may have crossed by then."""
-    patterns = _patterns(differences.shape[1])
+    """A series that crosses at a look is there among as many of all patterns as may have crossed by then.
+
+    The patterns of the second half are those of the first with all signs turned.
+    """
+    half = _patterns(differences.shape[1]) // 2
     least = np.full(len(differences), np.inf)
-    sums = np.zeros((len(differences), patterns))
-    for look, added, roundoff in _paths(differences):
+    sums = np.zeros((len(differences), half))
+    for look, added, roundoff in _paths(differences, half):
         sums += added
-        as_far = sums >= (np.abs(sums[:, 0]) - roundoff)[:, None]
+        as_far = np.abs(sums) >= (np.abs(sums[:, 0]) - roundoff)[:, None]
         counts = np.array([np.count_nonzero(row) for row in as_far])
-        least = np.minimum(least, 2 * (counts - 1e-6) / (patterns * spent(look)))
+        least = np.minimum(least, (counts - 1e-6) / (half * spent(look)))
     return least
 
 
@@ -168,7 +158,7 @@ def _crossings(differences: NDArray[np.float64], level: float) -> NDArray[np.int
     sums = np.zeros((series.size, patterns))  # of patterns that have crossed: -inf
     own = np.zeros(series.size)
     crossed = np.zeros(series.size, dtype=np.int64)
-    for look, added, roundoff in _paths(differences):
+    for look, added, roundoff in _paths(differences, patterns):
         sums += added
         own += added[:, 0]
         allowed = _allowed(level, look, patterns) - crossed

@@ -15,7 +15,7 @@ from scipy import stats
 
 LEVEL = 0.05
 EXACT_UP_TO = 18  # so many values' sign patterns, or subsets, are all enumerated: 2^18
-DRAWN = 2**16  # beyond that, so many are drawn
+DRAWN = 2**16  # beyond that, a group of so many is drawn
 
 
 def fewest_seeds(comparisons: int = 1) -> int:
@@ -34,27 +34,42 @@ def _subset_sums(values: NDArray[np.float64]) -> NDArray[np.float64]:
     return sums
 
 
-def _drawn_subsets(n: int) -> NDArray[np.float64]:
-    """A fixed draw of non-empty subsets for samples too large to enumerate; the same for everyone.
+def characters(n: int, dimension: int) -> NDArray[np.int64]:
+    """The v_i of a group of 2^dimension sign patterns: in pattern b, value i turns if b & v_i has oddly many ones.
 
-    With every subset its complement is drawn too, so that test and interval agree; the whole set is the last.
+    The first `dimension` values turn freely, and the others by a draw that is the same for everyone.
+    All v_i have an odd number of ones, so that in the last pattern all values turn.
     """
-    half = np.random.default_rng(n).integers(0, 2, size=(DRAWN // 2 - 1, n)).astype(np.float64)
-    half = half[half.any(axis=1) & ~half.all(axis=1)]
-    return np.concatenate([half, 1 - half, np.ones((1, n))])
+    numbers = np.arange(2**dimension)
+    odd = numbers[np.bitwise_count(numbers) % 2 == 1]
+    free = 2 ** np.arange(dimension)
+    drawn = np.random.default_rng(dimension).permutation(np.setdiff1d(odd, free))
+    return np.concatenate([free, np.resize(drawn, max(0, n - dimension))])[:n].astype(np.int64)
+
+
+def _balanced_subsets(n: int) -> NDArray[np.float64]:
+    """Some subsets of a sample too large to enumerate them all, the empty one first and the whole sample last.
+
+    The symmetric difference of any two is among them; Hartigan (1969) calls such subsets balanced. Test and interval
+    are as exact with them as with all subsets. With a mere draw of subsets they would be so on average over draws, but
+    nobody draws more than once.
+    """
+    dimension = DRAWN.bit_length() - 1
+    turned = np.bitwise_count(np.arange(2**dimension)[:, None] & characters(n, dimension)) % 2
+    return np.where(turned, 1.0, 0.0)
 
 
 def sign_flip_p(differences: Sequence[float]) -> float:
     """Two-sided p-value of the paired sign-flip permutation test on the mean.
 
     The share of sign patterns whose absolute mean is at least the observed one: all 2^n of them up to n = 18, beyond
-    that a fixed draw of 2^16, counted with the observed pattern among them (so p is never 0).
+    that a fixed group of 2^16. The observed pattern is among them, so p is never 0.
     """
     d = np.asarray(differences, dtype=np.float64)
     if d.size == 0:
         raise ValueError("differences must hold at least one value")
     observed = abs(d.sum())
-    sums = _subset_sums(d) if d.size <= EXACT_UP_TO else np.append(_drawn_subsets(d.size) @ d, 0.0)
+    sums = _subset_sums(d) if d.size <= EXACT_UP_TO else _balanced_subsets(d.size) @ d
     flipped = d.sum() - 2.0 * sums
     return float(np.count_nonzero(np.abs(flipped) >= observed - _roundoff(d)) / sums.size)
 
@@ -76,7 +91,7 @@ def mean_interval(differences: Sequence[float], level: float = LEVEL) -> tuple[f
     if d.size <= EXACT_UP_TO:
         sums, sizes = _subset_sums(d)[1:], _subset_sums(np.ones(d.size))[1:]
     else:
-        subsets = _drawn_subsets(d.size)
+        subsets = _balanced_subsets(d.size)[1:]
         sums, sizes = subsets @ d, subsets.sum(axis=1)
     sums[2 * np.abs(sums) <= _roundoff(d)] = 0.0  # as the test takes them for ties
     means = sums / sizes
