@@ -1,14 +1,13 @@
 """Where a comparison comes from, and what to type to get it again."""
 
+import json
 import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from importlib.metadata import version
 
-from fairtrial.contract import Task
-from fairtrial.trial.comparison import Comparison, source_of
-from fairtrial.trial.fingerprint import fingerprint
-from fairtrial.trial.recipe import Recipe
+from fairtrial.contract import Choice, Task
+from fairtrial.report.runs import tuned_once
+from fairtrial.trial.comparison import Comparison, code_of
 from fairtrial.trial.store import environment
 
 
@@ -40,24 +39,28 @@ def origin(comparison: Comparison, load: Callable[[str], Task]) -> Origin:
 def command(comparison: Comparison) -> str:
     """The command line that makes the same comparison; every slot is named, so that no default matters."""
     baseline, *others = [judged.recipe for judged in comparison.recipes]
-    swapped = {slot: [str(choice)] for slot, choice in baseline.choices.items()}
+    swapped = {slot: [_written(choice)] for slot, choice in baseline.choices.items()}
     order: list[str] = []
     for recipe in others:
         for slot, choice in recipe.choices.items():
             if choice != baseline.choices[slot]:
-                swapped[slot].append(str(choice))
+                swapped[slot].append(_written(choice))
                 order += [slot] if slot not in order else []
     order += [slot for slot in swapped if slot not in order]
     words = ["fairtrial", "compare", baseline.task, *(f"{slot}={','.join(swapped[slot])}" for slot in order)]
-    words += ["--trials", str(comparison.trials), "--seeds", str(len(comparison.evaluation_seeds))]
+    stopping = comparison.until_decided
+    seeds = len(comparison.evaluation_seeds) if stopping is None else stopping.budget
+    words += ["--trials", str(comparison.trials), "--seeds", str(seeds)]
+    words += [] if stopping is None else ["--until-decided"]
+    words += ["--tune-once"] if tuned_once(comparison) else []
     return shlex.join(words)
 
 
-def code_of(task: Task, recipe: Recipe) -> str:
-    """The fingerprint that a store keeps with the recipe's runs: the task's and the methods' code, and versions."""
-    modules = [source_of(task, recipe.task)]
-    for slot, choice in recipe.choices.items():
-        option = task.slots[slot].options[choice.name]
-        modules += [option.factory.__module__, option.bind.__module__]
-    versions = "-".join(version(package) for package in ("torch", "numpy", "scikit-learn"))
-    return f"{fingerprint(modules)}-{versions}"
+def _written(choice: Choice) -> str:
+    """As it is typed, with double quotes: the shell's are single ones."""
+    values = {
+        key: json.dumps(value, ensure_ascii=False) if isinstance(value, str) else repr(value)
+        for key, value in choice.params.items()
+    }
+    inside = ",".join(f"{key}={value}" for key, value in values.items())
+    return f"{choice.name}({inside})" if inside else choice.name

@@ -441,17 +441,21 @@ class _Conduct:
         return run.key(task=self.task.name, version=self.task.version, fingerprint=self._fingerprint(run))
 
     def _fingerprint(self, run: Run) -> str:
-        """Code of the task and of the methods chosen, the task's data if it tells, and versions of what computes."""
         names = tuple(choice.name for _, choice in sorted(run.recipe.choices.items()))
         if names not in self.fingerprints:
-            modules = [source_of(self.task, run.recipe.task)]
-            for slot, choice in run.recipe.choices.items():
-                option = self.task.slots[slot].options[choice.name]
-                modules += [option.factory.__module__, option.bind.__module__]
-            parts = [fingerprint(modules), *(version(package) for package in ("torch", "numpy", "scikit-learn"))]
-            data_hash = getattr(self.task, "data_hash", None)
-            self.fingerprints[names] = "-".join(parts if data_hash is None else [*parts, data_hash])
+            self.fingerprints[names] = code_of(self.task, run.recipe)
         return self.fingerprints[names]
+
+
+def code_of(task: Task, recipe: Recipe) -> str:
+    """Fingerprints of the code of task and methods, and of the data if the task tells; versions of what computes."""
+    modules = [source_of(task, recipe.task)]
+    for slot, choice in recipe.choices.items():
+        option = task.slots[slot].options[choice.name]
+        modules += [option.factory.__module__, option.bind.__module__]
+    parts = [fingerprint(modules), *(version(package) for package in ("torch", "numpy", "scikit-learn"))]
+    data_hash = getattr(task, "data_hash", None)
+    return "-".join(parts if data_hash is None else [*parts, data_hash])
 
 
 def source_of(task: Task, reference: str) -> str:

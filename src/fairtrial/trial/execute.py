@@ -275,16 +275,20 @@ def _work(load: Loader, link: Connection) -> None:
     """The life of a worker process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.dup2(2, 1)  # what a task prints must not get between the lines of a JSON document
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        threading.Thread(target=_leave_with, args=(parent.sentinel,), daemon=True).start()
+    leave_with_parent()
     with contextlib.suppress(EOFError, OSError):
         while True:
             job: Job = link.recv()
             link.send(carry_out(load(job.run.recipe.task), job))
 
 
-def _leave_with(sentinel: int) -> None:
-    """When the parent is killed, its workers do not stay behind to finish what nobody waits for."""
+def leave_with_parent() -> None:
+    """When the parent is killed, a worker does not stay behind to finish what nobody waits for."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        threading.Thread(target=_leave_after, args=(parent.sentinel,), daemon=True).start()
+
+
+def _leave_after(sentinel: int) -> None:
     wait([sentinel])
     os._exit(1)
