@@ -1,7 +1,8 @@
-"""Comparisons, papers, runs and evidence as tables for a terminal."""
+"""Comparisons, papers, runs and evidence as tables for a terminal. Looking papers up must not wait for the bench."""
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 from rich import box
 from rich.console import Group, RenderableType
@@ -10,8 +11,10 @@ from rich.text import Text
 
 from fairtrial.catalog import Catalogue, Measurement, Paper
 from fairtrial.contract import Slot, Task
-from fairtrial.trial.comparison import Comparison, Judged
-from fairtrial.trial.store import Stored
+
+if TYPE_CHECKING:
+    from fairtrial.trial.comparison import Comparison, Judged
+    from fairtrial.trial.store import Stored
 
 COLOURS = {
     "better": "green",
@@ -41,7 +44,7 @@ def table(*columns: str, right: Iterable[str] = ()) -> Table:
     return made
 
 
-def verdict_table(comparison: Comparison) -> RenderableType:
+def verdict_table(comparison: "Comparison") -> RenderableType:
     """The table of a comparison, and under it what a reader must know to read it."""
     metric = comparison.metric
     digits = max(2, 1 - math.floor(math.log10(metric.margin)))
@@ -67,7 +70,7 @@ def _aim(direction: str) -> str:
     return "more is better" if direction == "maximize" else "less is better"
 
 
-def _verdict_row(judged: Judged, digits: int) -> list[RenderableType]:
+def _verdict_row(judged: "Judged", digits: int) -> list[RenderableType]:
     costs, difference = judged.costs, judged.difference
     if difference is None:
         change, p, said = Text("baseline"), "", Text()
@@ -103,7 +106,7 @@ def size(count: int | None) -> str:
     return f"{count} B" if units[0] == "B" else f"{value:.1f} {units[0]}"
 
 
-def _notes(comparison: Comparison) -> Iterator[Text]:
+def _notes(comparison: "Comparison") -> Iterator[Text]:
     seeds, margin = len(comparison.evaluation_seeds), comparison.metric.margin
     tuned = f"{comparison.trials} tuning runs on validation data"
     if len(comparison.tuning_seeds) < seeds:
@@ -179,7 +182,7 @@ def slot_table(slots: Iterable[Slot]) -> RenderableType:
     return made
 
 
-def run_table(runs: Sequence[Stored]) -> RenderableType:
+def run_table(runs: "Sequence[Stored]") -> RenderableType:
     made = table("recorded", "task", "seed", "split", "ended", "value", "seconds", "choices", right=("seed", "value"))
     for run in runs:
         choices = ", ".join(
