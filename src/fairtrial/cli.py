@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from fairtrial.catalog import Catalogue, Claim, Finding, Paper
+    from fairtrial.trial.comparison import Comparison
     from fairtrial.trial.execute import Executor
 
 app = typer.Typer(
@@ -155,32 +156,94 @@ def tasks(
     _console().print(slot_table(loaded[0].slots.values()) if name else task_table(loaded))
 
 
+TaskArgument = Annotated[
+    str, typer.Argument(help="A shipped task, or a Python file with one of yours (FILE or FILE:NAME).")
+]
+ChoicesArgument = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="SLOT=METHOD,METHOD…", help="optimizer=AdamW,FRUGAL(density=0.25); the first is the baseline."
+    ),
+]
+Trials = Annotated[int, typer.Option(help="Tuning runs of each recipe, for each evaluation seed.")]
+Seeds = Annotated[int, typer.Option(help="Evaluation seeds; with --until-decided as many at most.")]
+UntilDecided = Annotated[
+    bool, typer.Option("--until-decided", help="Add seeds in steps and stop when every verdict is in.")
+]
+TuneOnce = Annotated[
+    bool, typer.Option("--tune-once", help="Tune once for all seeds: cheap, but judges configurations, not methods.")
+]
+ExecutorOption = Annotated[str, typer.Option("--executor", help="inline: in this process; local: worker processes.")]
+Workers = Annotated[int | None, typer.Option(help="Worker processes; one for each CPU unless given.")]
+
+
 @app.command()
 def compare(
-    task: Annotated[
-        str, typer.Argument(help="A shipped task, or a Python file with one of yours (FILE or FILE:NAME).")
-    ],
-    choices: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="SLOT=METHOD,METHOD…", help="optimizer=AdamW,FRUGAL(density=0.25); the first is the baseline."
-        ),
-    ],
-    trials: Annotated[int, typer.Option(help="Tuning runs of each recipe, for each evaluation seed.")] = 8,
-    seeds: Annotated[int, typer.Option(help="Evaluation seeds; with --until-decided as many at most.")] = 10,
-    until_decided: Annotated[
-        bool, typer.Option("--until-decided", help="Add seeds in steps and stop when every verdict is in.")
-    ] = False,
-    tune_once: Annotated[
-        bool,
-        typer.Option("--tune-once", help="Tune once for all seeds: cheap, but judges configurations, not methods."),
-    ] = False,
-    executor: Annotated[str, typer.Option(help="inline: in this process; local: worker processes.")] = "local",
-    workers: Annotated[int | None, typer.Option(help="Worker processes; one for each CPU unless given.")] = None,
+    task: TaskArgument,
+    choices: ChoicesArgument,
+    trials: Trials = 8,
+    seeds: Seeds = 10,
+    until_decided: UntilDecided = False,
+    tune_once: TuneOnce = False,
+    executor: ExecutorOption = "local",
+    workers: Workers = None,
     store: StoreOption = None,
     as_json: Json = False,
 ) -> None:
     """Compare methods fairly: tuned with equal budgets, run on the same fresh seeds, judged with honest statistics."""
+    comparison = _compared(task, choices, trials, seeds, until_decided, tune_once, executor, workers, store)
+    if as_json:
+        _print_json(comparison.as_json())
+        return
+    from fairtrial.report.tables import verdict_table
+
+    _console().print(verdict_table(comparison))
+
+
+@app.command()
+def report(
+    task: TaskArgument,
+    choices: ChoicesArgument,
+    output: Annotated[str | None, typer.Option("--output", "-o", metavar="FILE", help="Where to; else stdout.")] = None,
+    form: Annotated[str, typer.Option("--format", help="html, md, csv or json.")] = "html",
+    trials: Trials = 8,
+    seeds: Seeds = 10,
+    until_decided: UntilDecided = False,
+    tune_once: TuneOnce = False,
+    executor: ExecutorOption = "local",
+    workers: Workers = None,
+    store: StoreOption = None,
+) -> None:
+    """Explain a comparison in one file; what has been run already is taken from the store."""
+    from fairtrial import tasks as shipped
+    from fairtrial.report.formats import FORMATS, as_text
+    from fairtrial.report.origin import origin
+    from fairtrial.report.output import check_output, write_output
+
+    if form not in FORMATS:
+        raise BadInput(f"no format {form!r}; there is: {', '.join(FORMATS)}")
+    if output is not None:
+        check_output(output)
+    comparison = _compared(task, choices, trials, seeds, until_decided, tune_once, executor, workers, store)
+    text = as_text(comparison, origin(comparison, shipped.load), form)
+    if output is None:
+        sys.stdout.write(text)
+    else:
+        write_output(output, text)
+        typer.echo(f"{output} is written.")
+
+
+def _compared(
+    task: str,
+    choices: Sequence[str],
+    trials: int,
+    seeds: int,
+    until_decided: bool,
+    tune_once: bool,
+    executor: str,
+    workers: int | None,
+    store: str | None,
+) -> "Comparison":
     from fairtrial import tasks as shipped
     from fairtrial.trial.comparison import compare as compare_recipes
     from fairtrial.trial.store import Store, default_store
@@ -200,7 +263,7 @@ def compare(
         redirect_stdout(sys.stderr),  # a person's task may print; the result stands alone on stdout
     ):
         try:
-            comparison = compare_recipes(
+            return compare_recipes(
                 shipped.load,
                 task,
                 wanted,
@@ -216,12 +279,6 @@ def compare(
             raise Interrupted(
                 f"interrupted; the runs that had ended are kept in {kept.location}: the same command goes on from there"
             ) from None
-    if as_json:
-        _print_json(comparison.as_json())
-        return
-    from fairtrial.report.tables import verdict_table
-
-    _console().print(verdict_table(comparison))
 
 
 def _executor(name: str, workers: int | None) -> "Executor":

@@ -31,7 +31,7 @@ from fairtrial.trial.execute import Inline
 
 METRIC = Metric("score", "maximize", "fraction", margin=0.005, worst=0.0)
 POOL = np.round(0.9 + 0.02 * np.random.default_rng(0).normal(size=400), 3)
-FEW = 200
+FEW = 120
 
 
 @pytest.fixture(scope="module")

@@ -153,6 +153,11 @@ def test_the_fewest_seeds_are_the_first_look_at_which_anything_can_be_significan
         assert sign_flip_p([1.0 + k / 100 for k in range(look)]) * comparisons >= 0.05
 
 
+def test_with_more_than_a_hundred_comparisons_no_look_is_enough():
+    assert fewest_seeds(100) in LOOKS
+    assert fewest_seeds(101) > LOOKS[-1]
+
+
 def test_p_values_that_holm_asks_for_are_among_the_levels():
     assert all(any(math.isclose(0.05 / m, level) for level in LEVELS) for m in range(1, 101))
     assert list(LEVELS) == sorted(LEVELS, reverse=True)

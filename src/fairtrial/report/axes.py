@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from statistics import median
 
 
 @dataclass(frozen=True)
@@ -26,10 +27,12 @@ class Axis:
         """-1 or +1 for a value below or above the axis, else 0."""
         return (value > self.high) - (value < self.low)
 
-    def ticks(self, most: int) -> list[float]:
-        """Round values to mark, about as many as asked for."""
-        if self.log:
-            return _log_ticks(self.low, self.high, most)
+    def ticks(self, most: int, whole: bool = False) -> list[float]:
+        """Round values to mark, about as many as asked for; `whole` leaves out all but whole numbers."""
+        found = _log_ticks(self.low, self.high, most) if self.log else self._even_ticks(most)
+        return [value for value in found if not whole or value == int(value)]
+
+    def _even_ticks(self, most: int) -> list[float]:
         step = _round_step((self.high - self.low) / most)
         first, last = math.ceil(self.low / step - 1e-9), math.floor(self.high / step + 1e-9)
         return [round(place * step, 12) + 0.0 for place in range(first, last + 1)]
@@ -46,7 +49,7 @@ def _round_step(least: float) -> float:
 
 def _log_ticks(low: float, high: float, most: int) -> list[float]:
     first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
-    for factors in ((1, 2, 5), (1, 3), (1,)):
+    for factors in ((1, 1.5, 2, 3, 4, 5, 7), (1, 2, 5), (1, 3), (1,)):
         found = [factor * 10.0**power for power in range(first, last + 1) for factor in factors]
         found = [value for value in found if low * (1 - 1e-9) <= value <= high * (1 + 1e-9)]
         if len(found) <= most:
@@ -80,6 +83,10 @@ def reach(core: Sequence[float], others: Iterable[float] = (), most: float = 2.0
     return min([low, *near]), max([high, *near])
 
 
-def spans_decades(values: Sequence[float]) -> bool:
-    """Whether a logarithmic axis shows the values better."""
-    return min(values) > 0 and max(values) / min(values) >= 10
+def better_on_log(values: Sequence[float]) -> bool:
+    """Whether a logarithmic axis spreads the values more evenly: their median is then nearer to its middle."""
+    low, middle, high = min(values), median(values), max(values)
+    if low <= 0 or high / low < 10:
+        return False
+    on_log = math.log(middle / low) / math.log(high / low)
+    return abs(on_log - 0.5) < abs((middle - low) / (high - low) - 0.5)

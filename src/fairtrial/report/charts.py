@@ -5,21 +5,20 @@ lies beyond an axis is drawn at its end, as an arrow.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from markupsafe import Markup
 from numpy.typing import NDArray
 
 from fairtrial.contract import Metric, Outcome
-from fairtrial.report.axes import Axis, padded, reach, spans_decades, tick_text
+from fairtrial.report.axes import Axis, padded, reach, tick_text
+from fairtrial.report.frames import LEFT, PANEL, RIGHT, bottom_ticks, frame
 from fairtrial.report.svg import badge, element, line, path, picture, shortened, text
-from fairtrial.report.wording import decimals, interval, number, p_value, short, signed
+from fairtrial.report.wording import decimals, interval, number, p_value, signed
 from fairtrial.trial.comparison import Comparison, Judged
 
 SIGNS = {"better": "▲", "worse": "▼", "equivalent": "≈", "undecided": "?"}
-PANEL = 360  # width of a small picture, in its own units; a column of the page is about as wide in pixels
 
 
 def tone(judged: Judged) -> str:
@@ -45,8 +44,9 @@ def intervals(comparison: Comparison, wide: bool) -> Markup:
         element("rect", x=band[0], y=top - 6, width=band[1] - band[0], height=bottom - top + 6, class_="margin"),
         line(band[0], top - 6, band[0], bottom, "margin-edge"),
         line(band[1], top - 6, band[1], bottom, "margin-edge"),
-        *_bottom_ticks(axis, top - 6, bottom, 7 if wide else 5, lambda v: ("+" if v > 0 else "") + tick_text(v)),
+        *bottom_ticks(axis, top - 6, bottom, 7 if wide else 5, lambda v: ("+" if v > 0 else "") + tick_text(v)),
         line(axis(0.0), top - 6, axis(0.0), bottom, "zero"),
+        _band_label(band, left, right, top - 16, metric),
         *_directions(metric, left, right, top - 16),
         text((left + right) / 2, bottom + 34, f"difference in {metric.name} ({metric.unit})", "label", "middle"),
     ]
@@ -67,6 +67,14 @@ def _difference_axis(comparison: Comparison, left: float, right: float) -> Axis:
     return Axis(*padded(low, high, 0.04), left, right)
 
 
+def _band_label(band: tuple[float, float], left: float, right: float, y: float, metric: Metric) -> Markup:
+    """What the band is, where there is room between the ends' hints."""
+    middle = (band[0] + band[1]) / 2
+    if middle - 85 < left + 50 or middle + 85 > right - 50:
+        return Markup("")
+    return text(middle, y, f"±{metric.margin:g}: too small to matter", "hint", "middle")
+
+
 def _directions(metric: Metric, left: float, right: float, y: float) -> Iterator[Markup]:
     less, more = ("worse", "better") if metric.sign > 0 else ("better", "worse")
     yield text(left, y, f"← {less}", "hint")
@@ -83,7 +91,10 @@ def _interval_row(
     if wide:
         words = [
             badge(12, middle, place, ""),
-            text(30, middle + 4, shortened(judged.name, 24), "name"),
+            *(
+                text(30, middle + 4 + 17 * n, shortened(part, 20), "name")
+                for n, part in enumerate(_two_lines(judged.name, 20))
+            ),
             text(690, middle - 3, f"{SIGNS[judged.verdict or 'undecided']} {judged.verdict}", "verdict"),
             text(690, middle + 14, figures, "figures"),
         ]
@@ -104,6 +115,15 @@ def _interval_row(
     return element("g", *pieces, class_=f"row {tone(judged)}")
 
 
+def _two_lines(name: str, most: int) -> list[str]:
+    """A long name broken at a blank near its middle; what is still too long is for the caller to shorten."""
+    if len(name) <= most or " " not in name:
+        return [name]
+    blanks = [place for place, character in enumerate(name) if character == " "]
+    middle = min(blanks, key=lambda place: abs(place - len(name) / 2))
+    return [name[:middle], name[middle + 1 :]]
+
+
 def _bar(low: float, high: float, axis: Axis, y: float) -> Iterator[Markup]:
     """The interval; an end that is nowhere is an arrow, and the bar dashed."""
     bounded = math.isfinite(low) and math.isfinite(high)
@@ -119,23 +139,19 @@ def _bar(low: float, high: float, axis: Axis, y: float) -> Iterator[Markup]:
 
 
 def _strip(values: Sequence[float], axis: Axis, y: float) -> Iterator[Markup]:
-    """One dot for each value; equal ones stand below each other, as far as there is room."""
-    taken: dict[int, int] = {}
+    """One dot for each value; equal ones stand below each other, the closer the more there are."""
+    columns: dict[int, list[float]] = {}
     for value in sorted(values):
-        at = axis(value)
-        level = taken.get(round(at / 4), 0)
-        taken[round(at / 4)] = level + 1
-        if level > 3:
-            continue
-        if outwards := axis.beyond(value):
-            points = [
-                (at, y + 4 * level),
-                (at - 5 * outwards, y + 4 * level - 3),
-                (at - 5 * outwards, y + 4 * level + 3),
-            ]
-            yield path(points, "dot", closed=True)
-        else:
-            yield element("circle", cx=at, cy=y + 4 * level, r=2.2, class_="dot")
+        columns.setdefault(round(axis(value) / 4), []).append(value)
+    for column in columns.values():
+        step = min(4.0, 14 / len(column))
+        for level, value in enumerate(column):
+            x, down = axis(value), y + step * level
+            if outwards := axis.beyond(value):
+                points = [(x, down), (x - 5 * outwards, down - 3), (x - 5 * outwards, down + 3)]
+                yield path(points, "dot", closed=True)
+            else:
+                yield element("circle", cx=x, cy=down, r=2.2, class_="dot")
 
 
 def _diamond(x: float, y: float, r: float) -> list[tuple[float, float]]:
@@ -195,7 +211,7 @@ def learning_curve(
     known = [found for found in (own, base) if found]
     last = max(float(steps[-1]) for steps, _ in known)
     first = min(float(steps[0]) for steps, _ in known)
-    across = Axis(*((first, last) if first < last else padded(first, last)), 46, PANEL - 12)
+    across = Axis(*((first, last) if first < last else padded(first, last)), LEFT, RIGHT)
     up = Axis(*reached, 178, 12)
     inner = [
         drawn
@@ -214,15 +230,15 @@ def learning_curve(
         222,
         title,
         told,
-        *_frame(across, up, "training step", 5),
+        *frame(across, up, "training step", 5),
         element(
             "svg",
             *inner,
-            x=46,
+            x=LEFT,
             y=12,
-            width=PANEL - 58,
+            width=RIGHT - LEFT,
             height=166,
-            viewBox=f"46 12 {PANEL - 58} 166",
+            viewBox=f"{LEFT} 12 {RIGHT - LEFT} 166",
             overflow="hidden",
         ),
     )
@@ -257,18 +273,18 @@ def quality_against_cost(comparison: Comparison, cost: str, label: str) -> Marku
     shown = [(place, judged, ratio) for place, judged, ratio in shown if ratio and judged.difference]
     if not shown:
         return None
-    ratios = [1.0, *(ratio for _, _, ratio in shown)]
+    ratios = [0.95, 1.05, *(ratio for _, _, ratio in shown)]  # what is the same should look the same
     log = max(ratios) / min(ratios) > 4
-    across = Axis(*padded(min(ratios), max(ratios), 0.12, log), 52, PANEL - 12, log)
+    across = Axis(*padded(min(ratios), max(ratios), 0.12, log), LEFT, RIGHT, log)
     base = _difference_axis(comparison, 0, 1)
-    up = Axis(base.low, base.high, 214, 12)
+    up = Axis(base.low, base.high, 214, 26)
     band = (up(metric.margin), up(-metric.margin))
     pieces = [
-        element("rect", x=52, y=band[0], width=PANEL - 64, height=band[1] - band[0], class_="margin"),
-        *_frame(across, up, f"{label}, relative to the baseline", 5, signs=True, times=True),
-        line(across(1.0), 12, across(1.0), 214, "zero"),
-        line(52, up(0.0), PANEL - 12, up(0.0), "zero"),
-        text(56, 26 if metric.sign > 0 else 208, "better and cheaper", "hint"),
+        element("rect", x=LEFT, y=band[0], width=RIGHT - LEFT, height=band[1] - band[0], class_="margin"),
+        *frame(across, up, f"{label}, relative to the baseline", 5, signs=True, times=True),
+        line(across(1.0), 26, across(1.0), 214, "zero"),
+        line(LEFT, up(0.0), RIGHT, up(0.0), "zero"),
+        text(LEFT, 16, f"{'↖' if metric.sign > 0 else '↙'} better and cheaper", "hint"),
     ]
     anchors = [(across(ratio), up(judged.difference.mean)) for _, judged, ratio in shown if judged.difference]
     keep_clear = [*anchors, (across(1.0), up(0.0))]
@@ -301,7 +317,7 @@ def _places(points: Sequence[tuple[float, float]], badges: int) -> list[tuple[fl
             for turn in (0, 7, 1, 4, 3, 5, 2, 6):
                 angle = turn * math.pi / 4
                 at = (x + distance * math.cos(angle), y + distance * math.sin(angle))
-                if not (62 <= at[0] <= PANEL - 22 and 22 <= at[1] <= 204):
+                if not (LEFT + 10 <= at[0] <= RIGHT - 4 and 36 <= at[1] <= 204):
                     continue
                 clear = min([math.dist(at, p) - 15 for p in points] + [math.dist(at, p) - 19 for p in taken])
                 if clear > room:
@@ -312,133 +328,3 @@ def _places(points: Sequence[tuple[float, float]], badges: int) -> list[tuple[fl
                 break
         taken.append(best)
     return taken
-
-
-# Tuning ------------------------------------------------------------------------------------------------------------
-
-
-def tuning_reach(judged: Judged, metric: Metric) -> tuple[float, float]:
-    """Ends that hold the better half of the tuning runs, and what does not lie far from it."""
-    values = [outcome.value for _, outcome in judged.tuned.history if not outcome.failed]
-    ranked = sorted(values, key=lambda value: -metric.sign * value) or [metric.worst]
-    return padded(*reach(ranked[: max(2, math.ceil(len(ranked) * 0.5))], ranked, 4.0), 0.1)
-
-
-def chosen_run(judged: Judged, metric: Metric) -> int | None:
-    """The place in the history of the run whose configuration was taken."""
-    finished = [(place, o.value) for place, (_, o) in enumerate(judged.tuned.history) if o.ended == "finished"]
-    return max(finished, key=lambda found: metric.sign * found[1])[0] if finished else None
-
-
-def tuning_history(judged: Judged, metric: Metric) -> Markup:
-    """The value of every tuning run, and the best so far."""
-    history, chosen = judged.tuned.history, chosen_run(judged, metric)
-    across = Axis(0.5, len(history) + 0.5, 52, PANEL - 12)
-    up = Axis(*tuning_reach(judged, metric), 158, 16)
-    best: float | None = None
-    steps: list[tuple[float, float]] = []
-    for place, (_, outcome) in enumerate(history, start=1):
-        if outcome.ended == "finished" and (best is None or metric.sign * (outcome.value - best) > 0):
-            best = outcome.value
-        if best is not None:
-            steps += [(across(place - 0.5), up(best)), (across(place + 0.5), up(best))]
-    marks = [
-        _tried(outcome, across(place), up, metric, place - 1 == chosen, f"run {place}")
-        for place, (_, outcome) in enumerate(history, start=1)
-    ]
-    title = f"Tuning of {judged.name}: {metric.name} on validation data in {len(history)} runs"
-    pieces = [*_frame(across, up, "tuning run", 8, whole=True), path(steps, "best") if steps else Markup(""), *marks]
-    return picture(PANEL, 202, title, _endings(judged), *pieces, class_=tone(judged))
-
-
-def sensitivity(judged: Judged, name: str, metric: Metric) -> Markup:
-    """The value of every tuning run over one of its hyperparameters."""
-    tried = [(params[name], outcome) for params, outcome in judged.tuned.history if name in params]
-    chosen = chosen_run(judged, metric)
-    picked = None if chosen is None else judged.tuned.history[chosen][1]
-    up = Axis(*tuning_reach(judged, metric), 158, 16)
-    across, at, ticks = _hyperparameter_axis([value for value, _ in tried])
-    marks = [
-        _tried(outcome, at(value), up, metric, outcome is picked, f"{name} = {short(value)}")
-        for value, outcome in tried
-    ]
-    scale = " (logarithmic)" if across.log else ""
-    title = f"{judged.name}: {metric.name} on validation data over {name}"
-    pieces = [*_left_ticks(up, 52, PANEL - 12), *ticks, text(206, 196, f"{name}{scale}", "label", "middle"), *marks]
-    return picture(PANEL, 202, title, _endings(judged), *pieces, class_=tone(judged))
-
-
-def _hyperparameter_axis(values: Sequence[Any]) -> tuple[Axis, Callable[[Any], float], list[Markup]]:
-    numbers = [value for value in values if isinstance(value, int | float) and not isinstance(value, bool)]
-    if len(numbers) == len(values) and all(math.isfinite(value) for value in numbers):
-        log = spans_decades(numbers)
-        axis = Axis(*padded(min(numbers), max(numbers), 0.06, log), 52, PANEL - 12, log)
-        return axis, axis, list(_bottom_ticks(axis, 16, 158, 5, tick_text))
-    kinds = sorted({short(value) for value in values})
-    axis = Axis(-0.5, len(kinds) - 0.5, 52, PANEL - 12)
-    named = [
-        text(axis(place), 174, shortened(kind, 44 // len(kinds) + 1), "tick", "middle")
-        for place, kind in enumerate(kinds)
-    ]
-    return axis, lambda value: axis(kinds.index(short(value))), [line(52, 158, PANEL - 12, 158, "axis"), *named]
-
-
-def _tried(outcome: Outcome, x: float, up: Axis, metric: Metric, chosen: bool, label: str) -> Markup:
-    """A tuning run: a dot that finished, an open triangle that was stopped, a cross that failed."""
-    words = f"{label}: {metric.name} {number(outcome.value, decimals(metric))}, {outcome.ended}"
-    lowest = up.start if metric.sign > 0 else up.end
-    y = lowest if outcome.failed else up(outcome.value)
-    if outcome.failed:
-        inwards = -6 if metric.sign > 0 else 6
-        y += inwards
-        shape = element("path", d=f"M{x - 4:.1f},{y - 4:.1f} l8,8 m0,-8 l-8,8", class_="cross")
-    elif outwards := up.beyond(outcome.value):  # y grows downwards
-        tip = y - 2 * outwards
-        points = [(x, tip), (x - 4.5, tip + 8 * outwards), (x + 4.5, tip + 8 * outwards)]
-        shape = path(points, "off open" if outcome.ended == "pruned" else "off", closed=True)
-    elif outcome.ended == "pruned":
-        shape = path([(x, y + 5), (x - 5, y - 4), (x + 5, y - 4)], "open", closed=True)
-    else:
-        shape = element("circle", cx=x, cy=y, r=4, class_="finished")
-    ring = element("circle", cx=x, cy=y, r=8, class_="chosen") if chosen else Markup("")
-    return element("g", element("title", words + (", chosen" if chosen else "")), ring, shape)
-
-
-def _endings(judged: Judged) -> str:
-    endings = [outcome.ended for _, outcome in judged.tuned.history]
-    return ", ".join(f"{endings.count(ended)} {ended}" for ended in dict.fromkeys(endings))
-
-
-# What all pictures share -------------------------------------------------------------------------------------------
-
-
-def _frame(
-    across: Axis, up: Axis, label: str, most: int, *, signs: bool = False, times: bool = False, whole: bool = False
-) -> Iterator[Markup]:
-    yield from _left_ticks(up, across.start, across.end, signs)
-    ticks = across.ticks(most)
-    if whole:
-        ticks = [value for value in ticks if value == int(value)]
-
-    def worded(value: float) -> str:
-        return f"{tick_text(value)}×" if times else tick_text(value)
-
-    yield line(across.start, up.start, across.end, up.start, "axis")
-    for value in ticks:
-        yield text(across(value), up.start + 16, worded(value), "tick", "middle")
-        yield line(across(value), up.start, across(value), up.start + 4, "axis")
-    yield text((across.start + across.end) / 2, up.start + 36, label, "label", "middle")
-
-
-def _left_ticks(up: Axis, left: float, right: float, signs: bool = False) -> Iterator[Markup]:
-    for value in up.ticks(5):
-        yield line(left, up(value), right, up(value), "grid")
-        sign = "+" if signs and value > 0 else ""
-        yield text(left - 6, up(value) + 4, (sign + tick_text(value)).replace("-", "−"), "tick", "end")
-
-
-def _bottom_ticks(axis: Axis, top: float, bottom: float, most: int, worded: Callable[[float], str]) -> Iterator[Markup]:
-    yield line(axis.start, bottom, axis.end, bottom, "axis")
-    for value in axis.ticks(most):
-        yield line(axis(value), top, axis(value), bottom, "grid")
-        yield text(axis(value), bottom + 16, worded(value).replace("-", "−"), "tick", "middle")

@@ -2,7 +2,7 @@
 
 import json
 import shlex
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from fairtrial.contract import Choice, Task
@@ -18,12 +18,12 @@ class Origin:
     Attributes:
         command: the command line.
         environment: versions and the kind of machine.
-        code: for every recipe, by name, the fingerprint of the code that its runs are stored under.
+        code: for every recipe, the baseline first, the fingerprint of the code that its runs are stored under.
     """
 
     command: str
     environment: Mapping[str, str]
-    code: Mapping[str, str]
+    code: Sequence[str] = ()
 
 
 def origin(comparison: Comparison, load: Callable[[str], Task]) -> Origin:
@@ -32,7 +32,7 @@ def origin(comparison: Comparison, load: Callable[[str], Task]) -> Origin:
     return Origin(
         command(comparison),
         {what: str(found) for what, found in environment().items()},
-        {judged.name: code_of(task, judged.recipe) for judged in comparison.recipes},
+        tuple(code_of(task, judged.recipe) for judged in comparison.recipes),
     )
 
 

@@ -12,9 +12,9 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from markupsafe import Markup
 
 from fairtrial.contract import Metric
-from fairtrial.report import charts
+from fairtrial.report import charts, tuning_charts
 from fairtrial.report.origin import Origin
-from fairtrial.report.runs import Carried, runs_of
+from fairtrial.report.runs import Carried, runs_of, tuned_once, tunings_of
 from fairtrial.report.svg import visible
 from fairtrial.report.wording import (
     aim,
@@ -30,6 +30,7 @@ from fairtrial.report.wording import (
     size,
     title,
     tuned_to,
+    untuned,
 )
 from fairtrial.trial.comparison import Comparison, Judged
 
@@ -51,6 +52,7 @@ class Row:
     sign: str
     costs: dict[str, str]
     failed: str
+    seeds: str
     choices: str
 
 
@@ -91,6 +93,7 @@ def page(comparison: Comparison, origin: Origin) -> str:
         total=len(runs),
         recipes=rows,
         cost_labels=[label for label in rows[0].costs if any(row.costs[label] for row in rows)],
+        uneven=len({row.seeds for row in rows}) > 1,
         by_seed=_by_seed(comparison),
         unbounded=any(not interval(difference, 2) for difference in known),
         intervals_wide=charts.intervals(comparison, wide=True),
@@ -99,7 +102,9 @@ def page(comparison: Comparison, origin: Origin) -> str:
         costs=[drawn for drawn in costs if drawn],
         absolute_labels=[label for label in absolute[0] if any(row[label] for row in absolute)],
         cost_rows=list(zip(rows, absolute, strict=True)) if any(any(row.values()) for row in absolute) else [],
-        tuning=[(row, *_tuning(judged, metric)) for row, judged in zip(rows, comparison.recipes, strict=True)],
+        once=tuned_once(comparison),
+        shown_tunings=tuning_charts.SHOWN,
+        tuning=[(row, *_tuning(comparison, row.place)) for row in rows],
         failures=list(_failures(runs, rows)),
         tuning_seeds=_ranges(comparison.tuning_seeds),
         evaluation_seeds=_ranges(comparison.evaluation_seeds),
@@ -141,6 +146,7 @@ def _row(place: int, judged: Judged, metric: Metric) -> Row:
             "optimizer state": size(costs.optimizer_state_bytes),
         },
         failed=f"{judged.failed} of {len(judged.outcomes)}" if judged.failed else "",
+        seeds=str(len(judged.outcomes)),
         choices=choices,
     )
 
@@ -195,18 +201,24 @@ def _absolute_costs(judged: Judged) -> dict[str, str]:
     }
 
 
-def _tuning(judged: Judged, metric: Metric) -> tuple[str, list[Markup]]:
-    history = judged.tuned.history
-    if not history:
-        return "Nothing to tune.", []
-    names = list(dict.fromkeys(name for params, _ in history for name in params))
-    found = tuned_to(judged)
-    told = (
-        "Tuned to " + ", ".join(found) + "."
-        if found
-        else "No tuning run came through: it was judged with the defaults."
-    )
-    return told, [charts.tuning_history(judged, metric), *(charts.sensitivity(judged, name, metric) for name in names)]
+def _tuning(comparison: Comparison, place: int) -> tuple[list[str], list[Markup]]:
+    """What tuning a recipe came to, in words and pictures."""
+    judged, metric = comparison.recipes[place], comparison.metric
+    tunings = tunings_of(comparison, judged)
+    if not any(tuned.history for tuned in tunings):
+        return ["There was nothing to tune."], []
+    found, lost = tuned_to(tunings), untuned(tunings)
+    told = ["Tuned to " + ", ".join(found) + ("." if len(tunings) == 1 else "; medians and ranges over the tunings.")]
+    if lost:
+        which = "this tuning" if len(tunings) == 1 else f"{len(lost)} of {len(tunings)} tunings"
+        told = (told if found else []) + [f"No run of {which} came through: the methods’ defaults stood."]
+    if len(tunings) > tuning_charts.SHOWN:
+        told.append(f"Drawn are the first {tuning_charts.SHOWN} of {len(tunings)} tunings.")
+    drawn = [tuned for tuned in tunings[: tuning_charts.SHOWN] if tuned.history]
+    names = list(dict.fromkeys(name for tuned in drawn for params, _ in tuned.history for name in params))
+    up = tuning_charts.value_axis(drawn, metric)
+    pictures = [tuning_charts.sensitivity(judged, drawn, name, up, metric) for name in names]
+    return told, [tuning_charts.tuning_history(judged, drawn, up, metric), *pictures]
 
 
 def _failures(runs: Sequence[Carried], rows: Sequence[Row]) -> Iterator[Failure]:
@@ -216,17 +228,26 @@ def _failures(runs: Sequence[Carried], rows: Sequence[Row]) -> Iterator[Failure]
         if run.outcome.failed:
             kind = re.sub(r"\d[\d.e+-]*", "#", reason(run.outcome))
             alike.setdefault((run.place, run.phase, run.outcome.ended, kind), []).append(run)
-    for (place, phase, ended, _), found in alike.items():
+    for (place, _, ended, _), found in alike.items():
         error = (found[0].outcome.error or "").strip()
-        which = _ranges([run.number if phase == "tuning" else run.seed for run in found])
-        unit = "tuning run" if phase == "tuning" else "seed"
         yield Failure(
             rows[place],
-            f"{unit}{'s' if len(found) > 1 else ''} {which}",
+            _which(found),
             ended,
             reason(found[0].outcome),
             error if "\n" in error else "",
         )
+
+
+def _which(runs: Sequence[Carried]) -> str:
+    """'seeds 0–3', '9 tuning runs, for seeds 0–2'."""
+    seeds = sorted({run.serves for run in runs if run.serves is not None})
+    of_seeds = f"seed{'s' if len(seeds) > 1 else ''} {_ranges(seeds)}"
+    if runs[0].phase == "evaluation":
+        return of_seeds
+    if not seeds:
+        return f"tuning run{'s' if len(runs) > 1 else ''} {_ranges([run.number for run in runs])}"
+    return f"{len(runs)} tuning run{'s' if len(runs) > 1 else ''}, for {of_seeds}"
 
 
 def _ranges(numbers: Sequence[int]) -> str:

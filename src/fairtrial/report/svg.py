@@ -1,16 +1,18 @@
 """SVG elements; whatever is put into one is escaped."""
 
+import re
+
 from markupsafe import Markup, escape
 
 Attribute = str | int | float | None
 
+# Control characters, those that turn the direction of writing around, and halves of characters.
+_unfit = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
 
 def visible(text: str) -> str:
-    """Without the control characters that a page must not hold."""
-    return "".join(
-        c if c in "\n\t" or (c >= " " and not "\x7f" <= c <= "\x9f" and not "\ud800" <= c <= "\udfff") else "�"
-        for c in text
-    )
+    """Without the characters that a page must not hold."""
+    return _unfit.sub("\ufffd", text)
 
 
 def element(tag: str, *inside: str | Markup, **attributes: Attribute) -> Markup:

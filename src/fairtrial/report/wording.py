@@ -1,13 +1,17 @@
 """How a comparison is put into figures and sentences: terminal, page, Markdown and CSV say the same."""
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from statistics import median_low
+from typing import Any, Literal
 
 from fairtrial.contract import Metric, Outcome
+from fairtrial.report.runs import tuned_once, tunings_of
 from fairtrial.trial.comparison import Comparison, Judged
-from fairtrial.trial.statistics import Difference, fewest_seeds
+from fairtrial.trial.statistics import Difference
+from fairtrial.trial.tuning import Tuned
 
 LISTED = 4  # names that a sentence lists before it only counts
 
@@ -58,13 +62,28 @@ def short(value: object) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
-def tuned_to(judged: Judged) -> list[str]:
-    """'optimizer.lr = 0.01', for every hyperparameter that tuning set."""
-    return [
-        f"{slot}.{key} = {short(value)}"
-        for slot, params in judged.tuned.params.items()
-        for key, value in params.items()
-    ]
+def tuned_to(tunings: Sequence[Tuned]) -> list[str]:
+    """'optimizer.lr = 0.01', for every hyperparameter that was tuned; over several tunings, their middle and range."""
+    found: dict[str, list[Any]] = {}
+    for tuned in tunings:
+        for slot, params in tuned.params.items():
+            for key, value in params.items():
+                found.setdefault(f"{slot}.{key}", []).append(value)
+    return [f"{name} = {_over_tunings(values)}" for name, values in found.items()]
+
+
+def _over_tunings(values: Sequence[Any]) -> str:
+    if all(value == values[0] for value in values):
+        return short(values[0])
+    if all(isinstance(value, int | float) and not isinstance(value, bool) for value in values):
+        return f"{short(median_low(values))} ({short(min(values))} to {short(max(values))})"
+    kinds = Counter(short(value) for value in values)
+    return ", ".join(f"{kind} ({times} of {len(values)})" for kind, times in kinds.most_common())
+
+
+def untuned(tunings: Sequence[Tuned]) -> list[Tuned]:
+    """Tunings of which no run came through, so that the defaults stood."""
+    return [t for t in tunings if t.history and not any(outcome.ended == "finished" for _, outcome in t.history)]
 
 
 def reason(outcome: Outcome) -> str:
@@ -112,22 +131,19 @@ class Note:
 
 def notes(comparison: Comparison) -> Iterator[Note]:
     """What a reader must know to read the table."""
-    seeds, margin, unit = len(comparison.evaluation_seeds), comparison.metric.margin, comparison.metric.unit
-    yield Note(
-        "method",
-        f"{comparison.trials} tuning runs each on validation data, then {seeds} fresh seeds each on test data. "
-        f"Differences and costs are paired by seed with the baseline; a difference under {margin:g} "
-        f"{unit} counts as equivalent.",
-    )
+    yield Note("method", how_it_was_done(comparison))
+    seeds = len(comparison.evaluation_seeds)
+    if tuned_once(comparison):
+        told = "Each recipe was tuned once, for all seeds: verdicts speak of the configurations that this tuning "
+        yield Note("caution", told + "happened to find, not of the methods.")
     if not comparison.decidable:
-        needed = fewest_seeds(len(comparison.recipes) - 1)
         yield Note(
             "caution",
             f"With {seeds} seeds no difference can be significant, however large: nothing is decided. "
-            f"Use --seeds {needed} or more.",
+            f"Use --seeds {comparison.fewest_seeds} or more.",
         )
     for judged in comparison.recipes:
-        yield from _failures(judged, comparison.metric)
+        yield from _failures(comparison, judged)
         if judged.verdict == "undecided" and comparison.decidable:
             more = judged.seeds_to_decide
             yield Note(
@@ -137,24 +153,38 @@ def notes(comparison: Comparison) -> Iterator[Note]:
                 else f"{judged.name}: undecided, and more than 10,000 seeds would probably be needed to decide it.",
             )
     for judged in comparison.recipes:
-        if found := tuned_to(judged):
+        if found := tuned_to(tunings_of(comparison, judged)):
             yield Note("tuned", f"{judged.name} was tuned to " + ", ".join(found))
 
 
-def _failures(judged: Judged, metric: Metric) -> Iterator[Note]:
-    tried = [outcome for _, outcome in judged.tuned.history]
-    lost = [outcome for outcome in tried if outcome.failed]
-    if tried and not any(outcome.ended == "finished" for outcome in tried):
-        because = f" ({reason(lost[0])})" if lost else ""
-        yield Note(
-            "failure",
-            f"{judged.name}: none of its {len(tried)} tuning runs came through, so it was judged untuned, with its "
-            f"methods' defaults{because}",
-        )
+def how_it_was_done(comparison: Comparison) -> str:
+    seeds, metric, stopping = len(comparison.evaluation_seeds), comparison.metric, comparison.until_decided
+    tuned = f"by {comparison.trials} tuning runs on validation data"
+    if tuned_once(comparison):
+        how = f"Each recipe was tuned once, {tuned}, and run on {seeds} fresh seeds, on test data."
+    else:
+        how = f"{seeds} fresh seeds; for each of them a tuning of its own, {tuned}, and a run of its best "
+        how += "configuration on test data."
+    if stopping is not None:
+        how += f" Recipes got seeds until they were decided, {stopping.budget} at most: {stopping.runs} runs, "
+        how += f"{stopping.saved} fewer than the budget."
+    return (
+        f"{how} Differences and costs are paired by seed with the baseline; a difference under {metric.margin:g} "
+        f"({metric.unit}) counts as equivalent."
+    )
+
+
+def _failures(comparison: Comparison, judged: Judged) -> Iterator[Note]:
+    tunings = tunings_of(comparison, judged)
+    if lost := untuned(tunings):
+        first = next((outcome for _, outcome in lost[0].history if outcome.failed), None)
+        because = f" ({reason(first)})" if first else ""
+        which = "its tuning" if len(tunings) == 1 else f"{len(lost)} of its {len(tunings)} tunings"
+        yield Note("failure", f"{judged.name}: no run of {which} came through, so its methods' defaults stood{because}")
     if judged.failed:
         first = next(outcome for outcome in judged.outcomes if outcome.failed)
         yield Note(
             "failure",
             f"{judged.name}: {judged.failed} of {len(judged.outcomes)} runs failed and count with the worst value, "
-            f"{metric.worst:g} ({reason(first)})",
+            f"{comparison.metric.worst:g} ({reason(first)})",
         )

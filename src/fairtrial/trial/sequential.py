@@ -74,8 +74,13 @@ def looks_up_to(seeds: int) -> list[int]:
 
 
 def fewest_seeds(comparisons: int = 1) -> int:
-    """The first look at which anything can be significant: where the level after Holm allows one pattern to cross."""
-    return next(look for look in LOOKS if _allowed(LEVEL / comparisons, look, _patterns(look)) >= 1)
+    """The first look at which anything can be significant: where the level after Holm allows one pattern to cross.
+
+    With more than 100 comparisons that is none, and the result is beyond the last look.
+    """
+    level = LEVEL / comparisons
+    enough = (look for look in LOOKS if level >= 0.999 * LEVELS[-1] and _allowed(level, look, _patterns(look)) >= 1)
+    return next(enough, LOOKS[-1] + 1)
 
 
 def _patterns(n: int) -> int:
@@ -130,7 +135,7 @@ def _paths(
     sizes = np.abs(differences).cumsum(axis=1)
     before = 0
     for look in looks_up_to(differences.shape[1]):
-        added = differences[:, before:look] @ _signs(before, look, patterns)
+        added = differences[:, before:look] @ _signs(before, look, _patterns(differences.shape[1]))[:, :patterns]
         yield look, added, 8 * look * np.finfo(np.float64).eps * sizes[:, look - 1]
         before = look
 
