@@ -8,7 +8,7 @@ demo: $(VENV)/.installed
 	$(BIN)/fairtrial compare digits \
 		optimizer=AdamW,AdamP,FRUGAL \
 		loss=CrossEntropyLoss,ZLoss \
-		batch=NoTransform,DecoupledMixup
+		batch=NoTransform,DecoupledMixup --seeds 14
 
 test: $(VENV)/.installed-dev lint
 	$(BIN)/pytest -n 2 --dist loadfile

@@ -1,6 +1,6 @@
 """Throughput of two worker processes against one run after the other, on the same comparison.
 
-    python benchmarks/workers.py
+python benchmarks/workers.py
 """
 
 import sys

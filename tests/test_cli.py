@@ -182,6 +182,18 @@ def test_new_task_writes_a_task_that_compares(run, tmp_path):
     assert "there already" in err
 
 
+def test_report_writes_a_page_from_what_was_run(run, tiny, tmp_path):
+    run("compare", tiny(), "part=Plain,Loud", *QUICK)
+    code, _, err = run("report", tiny(), "part=Plain,Loud", "-o", tmp_path / "page.html", *QUICK)
+    assert code == 0, err
+    assert "4 from the store" in err
+    assert "Loud" in (tmp_path / "page.html").read_text()
+    code, out, _ = run("report", tiny(), "part=Plain,Loud", "--format", "json", *QUICK)
+    assert json.loads(out)
+    code, _, err = run("report", tiny(), "part=Plain,Loud", "-o", tmp_path / "no" / "page.html", *QUICK)
+    assert (code, err.count("\n")) == (2, 1)
+
+
 def test_doctor_reports(run):
     code, out, _ = run("doctor", "--json")
     assert code == 0

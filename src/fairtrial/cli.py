@@ -67,13 +67,15 @@ def papers(
     if as_json:
         _print_json([_paper_json(catalogue, paper) for paper in found])
         return
-    from fairtrial.report.tables import paper_table
+    from rich.text import Text
 
-    if found:
-        _console().print(paper_table(catalogue, found))
-        _console().print(f"\n{len(found)} papers", style="dim")
-    else:
-        _console().print("No paper fits.")
+    from fairtrial.report.tables import paper_lines
+
+    if not found:
+        typer.echo("No paper fits.")
+        return
+    _console().print(Text("\n").join(paper_lines(catalogue, found)), no_wrap=True, overflow="ellipsis")
+    _console().print(f"\n{len(found)} papers", style="dim")
 
 
 @app.command()
@@ -188,10 +190,21 @@ def compare(
     executor: ExecutorOption = "local",
     workers: Workers = None,
     store: StoreOption = None,
+    log: Annotated[str | None, typer.Option(help="Also write every run for tensorboard, mlflow or wandb.")] = None,
+    log_folder: Annotated[str, typer.Option(help="Where --log writes to.")] = "fairtrial-logs",
     as_json: Json = False,
 ) -> None:
     """Compare methods fairly: tuned with equal budgets, run on the same fresh seeds, judged with honest statistics."""
+    if log is not None:
+        from fairtrial.report.logs import check_log
+
+        check_log(log, log_folder)
     comparison = _compared(task, choices, trials, seeds, until_decided, tune_once, executor, workers, store)
+    if log is not None:
+        from fairtrial.report import logs
+
+        with redirect_stdout(sys.stderr):
+            print(f"look at the runs with: {logs.how_to_look(log, logs.log(comparison, log, log_folder))}")
     if as_json:
         _print_json(comparison.as_json())
         return

@@ -158,12 +158,17 @@ def _short(value: object) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
-def paper_table(catalogue: Catalogue, papers: Sequence[Paper]) -> RenderableType:
-    made = table("slug", "family", "year", "status", "title", right=("year",))
+def paper_lines(catalogue: Catalogue, papers: Sequence[Paper]) -> Iterator[Text]:
+    """A line for each paper; a table of all of them would take longer to lay out than to look up."""
+    slugs = max(len(paper.slug) for paper in papers)
+    families = max(len(paper.family) for paper in papers)
     for paper in papers:
-        status = coloured(catalogue.status(paper.slug))
-        made.add_row(paper.slug, paper.family, str(paper.date.year), status, paper.title)
-    return made
+        status = catalogue.status(paper.slug)
+        yield Text.assemble(
+            f"{paper.slug:{slugs}}  {paper.family:{families}}  {paper.date.year}  ",
+            (f"{status:9}", COLOURS[status]),
+            f"  {paper.title}",
+        )
 
 
 def task_table(tasks: Sequence[Task]) -> RenderableType:
