@@ -11,7 +11,7 @@ demo: $(VENV)/.installed
 		batch=NoTransform,DecoupledMixup --seeds 14
 
 test: $(VENV)/.installed-dev lint
-	$(BIN)/pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
