@@ -173,7 +173,7 @@ def test_filters(shipped: Catalogue):
     ("asked", "message"),
     [
         ({"family": "loss"}, "unknown family 'loss'; did you mean losses"),
-        ({"family": ""}, "unknown family ''; known: adapters, "),
+        ({"family": ""}, "unknown family ''; there is: losses, optimizers, "),
         ({"status": "check"}, "unknown status 'check'; did you mean checked?"),
     ],
 )

@@ -1,4 +1,6 @@
+import json
 import os
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -54,6 +56,8 @@ def library(tmp_path, monkeypatch):
     write(root / "deep.py", "def well():\n    from fairtrial.bottom import water\n")
     write(root / "bottom.py", "water = 1\n")
     monkeypatch.setattr(subject, "ROOT", root)
+    monkeypatch.setattr(subject, "_memory", lambda: tmp_path / "cache" / "seen.json")
+    monkeypatch.setattr(subject, "_seen", cache(subject._seen.__wrapped__))
     return root
 
 
@@ -202,3 +206,39 @@ def test_modules_may_be_left_out_with_what_only_they_import(library):
     assert fingerprint(["fairtrial.task"], without=["fairtrial.deep"]) == before
     write(library / "other.py", "OTHER = 2\n")
     assert fingerprint(["fairtrial.task"], without=["fairtrial.deep"]) != before
+
+
+def forget():
+    """As in a new process."""
+    subject._seen.cache_clear()
+    subject._code.cache_clear()
+
+
+def test_a_file_of_the_library_is_read_once_and_remembered(library, monkeypatch):
+    before = fingerprint(["fairtrial.task"])
+    forget()
+    with monkeypatch.context() as patched:
+        patched.setattr(subject, "_code", lambda *_: pytest.fail("read again"))
+        assert fingerprint(["fairtrial.task"]) == before
+    write(library / "bottom.py", "water = 2\n")
+    forget()
+    changed = fingerprint(["fairtrial.task"])
+    assert changed != before
+    forget()
+    assert fingerprint(["fairtrial.task"]) == changed
+
+
+@pytest.mark.parametrize("memory", ["", "[1]", "3", "nonsense", "\x00", "wrong entries"])
+def test_a_damaged_memory_is_made_anew(library, tmp_path, memory):
+    before = fingerprint(["fairtrial.task"])
+    place = tmp_path / "cache" / "seen.json"
+    entries = json.loads(place.read_text())
+    place.write_text(json.dumps({key: [1] for key in entries}) if memory == "wrong entries" else memory)
+    forget()
+    assert fingerprint(["fairtrial.task"]) == before
+
+
+def test_without_a_folder_to_remember_in_nothing_is_lost(library, tmp_path):
+    (tmp_path / "cache").write_text("a file in its place")
+    assert fingerprint(["fairtrial.task"]) == fingerprint(["fairtrial.task"])
+    assert (tmp_path / "cache").read_text() == "a file in its place"

@@ -5,10 +5,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, get_args
 
+from fairtrial.spelling import nearest
+
 from . import evidence as recorded
 from . import records
 from .evidence import Evidence, Finding, Verdict
-from .fields import CatalogError, nearest
+from .fields import CatalogError
 from .records import FAMILIES, Claim, Paper
 from .search import Index
 

@@ -5,9 +5,10 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date, time
-from difflib import get_close_matches
 from numbers import Integral, Real
 from typing import TypeVar
+
+from fairtrial.spelling import nearest
 
 Option = TypeVar("Option", bound=str)
 
@@ -28,16 +29,6 @@ def shown(value: object) -> str:
         return "a huge number"
     text = str(value) if isinstance(value, date | time) else repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
-
-
-def nearest(name: str, known: Collection[str]) -> str:
-    """The end of a message about an unknown name: the nearest known ones, or else all if they are few."""
-    close = get_close_matches(name[:80].lower(), sorted(known), n=3, cutoff=0.5)
-    if close:
-        return f"did you mean {' or '.join(close)}?"
-    if len(known) > 30:
-        return f"none of the {len(known)} known ones is near"
-    return f"known: {', '.join(sorted(known)) or 'none'}"
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,13 @@
 
 from fairtrial.trial.fingerprint import ROOT, fingerprint
 
-BENCH = ("fairtrial.claims.measure", "fairtrial.trial.store", "fairtrial.trial.execute")
+BOOKKEEPING = (
+    "fairtrial.catalog",
+    "fairtrial.claims.measure",
+    "fairtrial.methods.registry",
+    "fairtrial.trial.execute",
+    "fairtrial.trial.store",
+)
 
 
 def family_of(slug: str) -> str | None:
@@ -18,10 +24,10 @@ def checkable(slug: str) -> bool:
 def code_of(slug: str) -> str | None:
     """Fingerprint of the code that a paper's evidence rests on: its method, its claims file, and what those import.
 
-    How runs are carried out and kept does not count: it changes no figure.
+    How runs are carried out and kept, and how methods and papers are listed, does not count: it changes no figure.
     """
     family = family_of(slug)
     if family is None:
         return None
     modules = (f"fairtrial.methods.{family}.{slug}", f"fairtrial.claims.{family}.{slug}")
-    return fingerprint(modules, without=BENCH)
+    return fingerprint(modules, without=BOOKKEEPING)

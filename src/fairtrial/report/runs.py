@@ -2,12 +2,14 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from fairtrial.contract import Outcome, Split
-from fairtrial.trial.comparison import Comparison, Judged
-from fairtrial.trial.recipe import Recipe
-from fairtrial.trial.tuning import Tuned
+
+if TYPE_CHECKING:
+    from fairtrial.trial.comparison import Comparison, Judged
+    from fairtrial.trial.recipe import Recipe
+    from fairtrial.trial.tuning import Tuned
 
 
 @dataclass(frozen=True)
@@ -23,12 +25,12 @@ class Carried:
     """
 
     place: int
-    judged: Judged
+    judged: "Judged"
     phase: Literal["tuning", "evaluation"]
     number: int
     seed: int
     serves: int | None
-    recipe: Recipe
+    recipe: "Recipe"
     outcome: Outcome
 
     @property
@@ -43,18 +45,18 @@ class Carried:
         return f"tuning run {self.number}" + ("" if self.serves is None else f" for seed {self.serves}")
 
 
-def tuned_once(comparison: Comparison) -> bool:
+def tuned_once(comparison: "Comparison") -> bool:
     """Whether one tuning served all evaluation seeds."""
     return len(comparison.tuning_seeds) < len(comparison.evaluation_seeds)
 
 
-def tunings_of(comparison: Comparison, judged: Judged) -> list[Tuned]:
+def tunings_of(comparison: "Comparison", judged: "Judged") -> list["Tuned"]:
     """The tunings of a recipe: one for each evaluation seed, or the one for all."""
     tunings = list(judged.tunings) or [judged.tuned]
     return tunings[:1] if tuned_once(comparison) else tunings
 
 
-def runs_of(comparison: Comparison) -> Iterator[Carried]:
+def runs_of(comparison: "Comparison") -> Iterator[Carried]:
     for place, judged in enumerate(comparison.recipes):
         once, tunings = tuned_once(comparison), tunings_of(comparison, judged)
         for turn, (tuned, seed) in enumerate(zip(tunings, comparison.tuning_seeds, strict=False)):

@@ -1,6 +1,5 @@
 """Comparisons, papers, runs and evidence as tables for a terminal. Looking papers up must not wait for the bench."""
 
-import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -11,6 +10,8 @@ from rich.text import Text
 
 from fairtrial.catalog import Catalogue, Measurement, Paper
 from fairtrial.contract import Slot, Task
+from fairtrial.report import wording
+from fairtrial.report.wording import aim, short
 
 if TYPE_CHECKING:
     from fairtrial.trial.comparison import Comparison, Judged
@@ -30,6 +31,7 @@ COLOURS = {
     "available": "cyan",
     "listed": "bright_black",
 }
+NOTES = {"method": "dim", "caution": "yellow", "failure": "red", "tuned": "dim"}
 
 
 def coloured(word: str) -> Text:
@@ -47,8 +49,8 @@ def table(*columns: str, right: Iterable[str] = ()) -> Table:
 def verdict_table(comparison: "Comparison") -> RenderableType:
     """The table of a comparison, and under it what a reader must know to read it."""
     metric = comparison.metric
-    digits = max(2, 1 - math.floor(math.log10(metric.margin)))
-    head = f"{comparison.task}: {metric.name} ({metric.unit}, {_aim(metric.direction)})"
+    digits = wording.decimals(metric)
+    head = f"{comparison.task}: {metric.name} ({metric.unit}, {aim(metric)})"
     made = table(
         "recipe",
         metric.name,
@@ -63,99 +65,28 @@ def verdict_table(comparison: "Comparison") -> RenderableType:
     )
     for judged in comparison.recipes:
         made.add_row(*_verdict_row(judged, digits))
-    return Group(Text(head, style="bold"), Text(), made, Text(), *_notes(comparison))
-
-
-def _aim(direction: str) -> str:
-    return "more is better" if direction == "maximize" else "less is better"
+    notes = [Text(note.text, style=NOTES[note.kind]) for note in wording.notes(comparison)]
+    return Group(Text(head, style="bold"), Text(), made, Text(), *notes)
 
 
 def _verdict_row(judged: "Judged", digits: int) -> list[RenderableType]:
     costs, difference = judged.costs, judged.difference
     if difference is None:
-        change, p, said = Text("baseline"), "", Text()
+        change, p = "baseline", ""
     else:
-        interval = f" [{difference.low:+.{digits}f}, {difference.high:+.{digits}f}]"
-        change = Text(f"{difference.mean:+.{digits}f}" + (interval if math.isfinite(difference.low) else ""))
-        p = "<0.001" if difference.p_holm < 0.001 else f"{difference.p_holm:.3f}"
-        said = coloured(judged.verdict or "")
+        change = f"{wording.signed(difference.mean, digits)} {wording.interval(difference, digits)}"
+        p = wording.p_value(difference.p_holm)
     return [
         Text(judged.name),
-        f"{judged.mean:.{digits}f}",
-        change,
+        wording.number(judged.mean, digits),
+        Text(change),
         p,
-        said,
-        _ratio(costs.step_time_ratio),
-        _ratio(costs.peak_memory_ratio),
-        size(costs.optimizer_state_bytes),
+        coloured(judged.verdict or ""),
+        wording.ratio(costs.step_time_ratio),
+        wording.ratio(costs.peak_memory_ratio),
+        wording.size(costs.optimizer_state_bytes),
         str(judged.failed) if judged.failed else "",
     ]
-
-
-def _ratio(value: float | None) -> str:
-    return "" if value is None else f"{value:.2f} ×"
-
-
-def size(count: int | None) -> str:
-    """Bytes for people."""
-    if count is None:
-        return ""
-    value, units = float(count), ["B", "kB", "MB", "GB", "TB"]
-    while value >= 1000 and len(units) > 1:
-        value, _ = value / 1000, units.pop(0)
-    return f"{count} B" if units[0] == "B" else f"{value:.1f} {units[0]}"
-
-
-def _notes(comparison: "Comparison") -> Iterator[Text]:
-    seeds, margin = len(comparison.evaluation_seeds), comparison.metric.margin
-    tuned = f"{comparison.trials} tuning runs on validation data"
-    if len(comparison.tuning_seeds) < seeds:
-        how = f"Each recipe was tuned once, by {tuned}, and run on {seeds} fresh seeds, on test data. Verdicts speak "
-        how += "of the configurations that this tuning happened to find, not of the methods."
-    else:
-        how = f"{seeds} fresh seeds; for each of them a tuning of its own, by {tuned}, and a run of its best "
-        how += "configuration on test data."
-    yield Text(
-        f"{how} Differences and costs are paired by seed with the baseline; a difference under {margin:g} "
-        f"({comparison.metric.unit}) counts as equivalent.",
-        style="dim",
-    )
-    if not comparison.decidable:
-        needed = comparison.fewest_seeds
-        yield Text(
-            f"With {seeds} seeds no difference can be significant, however large: nothing is decided. "
-            f"Use --seeds {needed} or more.",
-            style="yellow",
-        )
-    if comparison.until_decided:
-        stopped = comparison.until_decided
-        yield Text(f"Stopped after {seeds} of {stopped.budget} seeds: {stopped.runs} runs, {stopped.saved} saved.")
-    for judged in comparison.recipes:
-        if judged.failed:
-            first = next(outcome for outcome in judged.outcomes if outcome.failed)
-            reason = (first.error or first.ended).strip().splitlines()[-1]
-            yield Text(
-                f"{judged.name}: {judged.failed} of {seeds} runs failed and count with the worst value, "
-                f"{comparison.metric.worst:g} ({reason})",
-                style="red",
-            )
-        if judged.verdict == "undecided" and comparison.decidable:
-            more = judged.seeds_to_decide
-            yield Text(
-                f"{judged.name}: undecided; about {more} seeds would probably decide it."
-                if more
-                else f"{judged.name}: undecided, and more than 10,000 seeds would probably be needed to decide it.",
-                style="yellow",
-            )
-    for judged in comparison.recipes:
-        by_slot = judged.tuned.params.items()
-        tuned_to = [f"{slot}.{key} = {_short(value)}" for slot, params in by_slot for key, value in params.items()]
-        if tuned_to:
-            yield Text(f"{judged.name} did best on validation data with " + ", ".join(tuned_to), style="dim")
-
-
-def _short(value: object) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 def paper_lines(catalogue: Catalogue, papers: Sequence[Paper]) -> Iterator[Text]:
@@ -175,7 +106,7 @@ def task_table(tasks: Sequence[Task]) -> RenderableType:
     made = table("task", "metric", "margin", "slots", right=("margin",))
     for task in tasks:
         metric = task.metric
-        described = f"{metric.name} ({metric.unit}, {_aim(metric.direction)})"
+        described = f"{metric.name} ({metric.unit}, {aim(metric)})"
         made.add_row(task.name, described, f"{metric.margin:g}", ", ".join(task.slots))
     return made
 
@@ -209,7 +140,7 @@ def run_table(runs: "Sequence[Stored]") -> RenderableType:
 
 
 def _parameters(params: dict[str, object]) -> str:
-    return "(" + ", ".join(f"{key}={_short(value)}" for key, value in params.items()) + ")"
+    return "(" + ", ".join(f"{key}={short(value)}" for key, value in params.items()) + ")"
 
 
 def measurement_table(measurements: Sequence[Measurement]) -> RenderableType:

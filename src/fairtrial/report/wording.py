@@ -5,13 +5,15 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from statistics import median_low
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from fairtrial.contract import Metric, Outcome
 from fairtrial.report.runs import tuned_once, tunings_of
-from fairtrial.trial.comparison import Comparison, Judged
-from fairtrial.trial.statistics import Difference
-from fairtrial.trial.tuning import Tuned
+
+if TYPE_CHECKING:
+    from fairtrial.trial.comparison import Comparison, Judged
+    from fairtrial.trial.statistics import Difference
+    from fairtrial.trial.tuning import Tuned
 
 LISTED = 4  # names that a sentence lists before it only counts
 
@@ -29,7 +31,7 @@ def signed(value: float, digits: int) -> str:
     return f"{value:+.{digits}f}" if abs(value) < 1e6 else f"{value:+.4g}"
 
 
-def interval(difference: Difference, digits: int) -> str:
+def interval(difference: "Difference", digits: int) -> str:
     """'[-0.01, +0.02]', or nothing where no bounded interval reaches 95 %."""
     if not (math.isfinite(difference.low) and math.isfinite(difference.high)):
         return ""
@@ -62,7 +64,7 @@ def short(value: object) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
-def tuned_to(tunings: Sequence[Tuned]) -> list[str]:
+def tuned_to(tunings: Sequence["Tuned"]) -> list[str]:
     """'optimizer.lr = 0.01', for every hyperparameter that was tuned; over several tunings, their middle and range."""
     found: dict[str, list[Any]] = {}
     for tuned in tunings:
@@ -81,7 +83,7 @@ def _over_tunings(values: Sequence[Any]) -> str:
     return ", ".join(f"{kind} ({times} of {len(values)})" for kind, times in kinds.most_common())
 
 
-def untuned(tunings: Sequence[Tuned]) -> list[Tuned]:
+def untuned(tunings: Sequence["Tuned"]) -> list["Tuned"]:
     """Tunings of which no run came through, so that the defaults stood."""
     return [t for t in tunings if t.history and not any(outcome.ended == "finished" for _, outcome in t.history)]
 
@@ -99,12 +101,12 @@ def joined(names: Sequence[str]) -> str:
     return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
 
 
-def title(comparison: Comparison) -> str:
+def title(comparison: "Comparison") -> str:
     baseline, *others = comparison.recipes
     return f"{joined([judged.name for judged in others])} against {baseline.name}"
 
 
-def conclusion(comparison: Comparison) -> list[str]:
+def conclusion(comparison: "Comparison") -> list[str]:
     """What a reader should take home: each verdict that was reached, and whose it is."""
     baseline = comparison.recipes[0].name
     phrases = {
@@ -129,7 +131,7 @@ class Note:
     text: str
 
 
-def notes(comparison: Comparison) -> Iterator[Note]:
+def notes(comparison: "Comparison") -> Iterator[Note]:
     """What a reader must know to read the table."""
     yield Note("method", how_it_was_done(comparison))
     seeds = len(comparison.evaluation_seeds)
@@ -157,7 +159,7 @@ def notes(comparison: Comparison) -> Iterator[Note]:
             yield Note("tuned", f"{judged.name} was tuned to " + ", ".join(found))
 
 
-def how_it_was_done(comparison: Comparison) -> str:
+def how_it_was_done(comparison: "Comparison") -> str:
     seeds, metric, stopping = len(comparison.evaluation_seeds), comparison.metric, comparison.until_decided
     tuned = f"by {comparison.trials} tuning runs on validation data"
     if tuned_once(comparison):
@@ -174,7 +176,7 @@ def how_it_was_done(comparison: Comparison) -> str:
     )
 
 
-def _failures(comparison: Comparison, judged: Judged) -> Iterator[Note]:
+def _failures(comparison: "Comparison", judged: "Judged") -> Iterator[Note]:
     tunings = tunings_of(comparison, judged)
     if lost := untuned(tunings):
         first = next((outcome for _, outcome in lost[0].history if outcome.failed), None)

@@ -1,9 +1,9 @@
 """Tasks by reference: the name of a shipped one, or a Python file. torch is imported when one is loaded."""
 
-import difflib
 import importlib
 
 from fairtrial.contract import BadInput, Task
+from fairtrial.spelling import nearest
 from fairtrial.tasks import user
 
 _shipped = {
@@ -27,9 +27,8 @@ def load(reference: str) -> Task:
     if user.is_file(reference):
         return user.load(reference)
     if reference not in _shipped:
-        close = difflib.get_close_matches(reference.lower(), _shipped, n=1)
-        known = f"did you mean {close[0]!r}?" if close else f"there is: {', '.join(_shipped)};"
-        raise BadInput(f"there is no task {reference!r}: {known} A task of your own is named by its file, FILE.py")
+        known = nearest(reference, _shipped)
+        raise BadInput(f"no task {reference!r}; {known} (a task of your own is named by its file, FILE.py)")
     module = importlib.import_module(f"fairtrial.tasks.{_shipped[reference]}")
     task: Task = getattr(module, reference.replace("-", "_"))
     return task

@@ -1,14 +1,14 @@
 """Recipes, runs, and the notation in which a person writes choices down: `AdamW(lr=1e-3),FRUGAL(density=0.25)`."""
 
 import ast
-import difflib
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from fairtrial.contract import BadInput, Choice, Slot, Split, Task
+from fairtrial.spelling import nearest
 
 
 @dataclass(frozen=True)
@@ -43,17 +43,6 @@ class Run:
         """What identifies the run in a store: equal keys mean equal results."""
         content = [task, version, self.recipe.as_json(), self.seed, self.split, fingerprint]
         return hashlib.sha256(json.dumps(content, sort_keys=True, allow_nan=False).encode()).hexdigest()[:32]
-
-
-def nearest(word: str, known: Iterable[str]) -> str:
-    """' Did you mean …?' with the nearest known words, or a listing of all of them when none is near."""
-    words = list(known)
-    lowered = {w.lower(): w for w in words}
-    close = difflib.get_close_matches(word.lower(), lowered, n=3, cutoff=0.5)
-    if close:
-        return " Did you mean " + " or ".join(lowered[w] for w in close) + "?"
-    listing = ", ".join(words[:20]) + (", …" if len(words) > 20 else "")
-    return f" There is: {listing}." if words else ""
 
 
 def _split_at_commas(text: str) -> list[str]:
@@ -124,7 +113,7 @@ def resolve(slot: Slot, choice: Choice) -> Choice:
     spelling = {**slot.options.aliases(), **{name.lower(): name for name in names}}
     name = spelling.get(choice.name.lower())
     if name is None:
-        raise BadInput(f"no method {choice.name!r} for the slot {slot.name!r}." + nearest(choice.name, names))
+        raise BadInput(f"no method {choice.name!r} for the slot {slot.name!r}; {nearest(choice.name, names)}")
     resolved = Choice(name, choice.params)
     slot.check(resolved)
     return resolved
@@ -142,7 +131,7 @@ def recipes_for(task: Task, reference: str, wanted: Mapping[str, str]) -> list[R
     others: list[tuple[str, Choice]] = []
     for slot_name, text in wanted.items():
         if slot_name not in task.slots:
-            raise BadInput(f"the task {task.name!r} has no slot {slot_name!r}." + nearest(slot_name, task.slots))
+            raise BadInput(f"the task {task.name!r} has no slot {slot_name!r}; {nearest(slot_name, task.slots)}")
         slot = task.slots[slot_name]
         named = [resolve(slot, choice) for choice in parse_choices(text)]
         if len(named) == 1 and named[0].name != slot.default.name:
