@@ -1,11 +1,10 @@
-"""What every registered loss over class scores must do. A new one is enrolled by its `@method(slot="loss")` alone."""
+"""What every registered loss must do. A new one is enrolled by its `@method(slot="…loss")` alone."""
 
 import copy
 import inspect
 import io
 import math
 import pickle
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,37 +14,56 @@ from torch import nn
 
 from fairtrial.methods.registry import index
 
-N, CLASSES = 6, 5
-SETTING = SimpleNamespace(num_samples=N, num_classes=CLASSES)
-LOSSES = [entry for entry in index() if entry.slot == "loss"]
+from .kinds import KINDS, SETTING, generator, takes_index
+
+LOSSES = [entry for entry in index() if entry.slot.endswith("loss") and entry.slot != "regression_loss"]
 NOT_COMPILED: dict[str, str] = {}  # name of a loss that torch.compile cannot take whole, and why
+OF_FIXED_CLASSES: set[str] = set()  # losses with weights or memories of their own, in which classes are not alike
 
 pytestmark = pytest.mark.parametrize("entry", LOSSES, ids=[entry.name for entry in LOSSES])
 
 
 def build(entry, **options) -> nn.Module:
+    """The loss as a task makes it; one that draws has a generator of its own, and others the same draws."""
     method = entry.load()
-    return method.factory(**method.bind(SETTING), **options)
+    arguments = {**method.bind(SETTING), **options}
+    if "generator" in inspect.signature(method.factory).parameters:
+        arguments.setdefault("generator", generator(0))
+    with torch.random.fork_rng():
+        torch.manual_seed(0)  # of its own weights, if it has any
+        return method.factory(**arguments)
 
 
-def call(loss, scores, target, rows=None):
+def draws(entry) -> bool:
+    return "generator" in inspect.signature(entry.load().factory).parameters
+
+
+def of_the_batch(entry) -> bool:
+    """Whether the value belongs to the batch as a whole, not to its samples."""
+    return "reduction" not in inspect.signature(entry.load().factory).parameters
+
+
+def call(loss, *arguments, rows=None):
     """The loss as the training loop calls it; `rows` are the samples' indices in the training set."""
-    if "index" not in inspect.signature(loss.forward).parameters:
-        return loss(scores, target)
-    return loss(scores, target, index=torch.arange(len(scores)) if rows is None else rows)
+    if not takes_index(loss):
+        return loss(*arguments)
+    return loss(*arguments, index=torch.arange(len(arguments[0])) if rows is None else rows)
 
 
-def batch(n=N, dtype=torch.float64, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    scores = 2.0 * torch.randn(n, CLASSES, generator=generator, dtype=torch.float64)
-    return scores.to(dtype), torch.randint(CLASSES, (n,), generator=generator)
+def cast(entry, arguments, dtype):
+    return tuple(argument.to(dtype) if argument.is_floating_point() else argument for argument in arguments)
 
 
-def value_and_gradient(loss, scores, target):
-    scores = scores.detach().clone().requires_grad_()
-    value = call(loss, scores, target)
-    (gradient,) = torch.autograd.grad(value.sum(), scores)
-    return value.detach(), gradient
+def value_and_gradient(entry, loss, arguments):
+    """The value, and its gradient in everything that the model made, as one row."""
+    arguments = list(arguments)
+    leaves = []
+    for place in KINDS[entry.slot].scored:
+        arguments[place] = arguments[place].detach().clone().requires_grad_()
+        leaves.append(arguments[place])
+    value = call(loss, *arguments)
+    gradients = torch.autograd.grad(value.sum(), leaves)
+    return value.detach(), torch.cat([gradient.flatten() for gradient in gradients])
 
 
 @pytest.fixture
@@ -55,117 +73,137 @@ def unchecked(monkeypatch):
 
 
 def test_the_reductions_agree_and_mean_is_the_default(entry):
-    scores, target = batch()
-    single = call(build(entry, reduction="none"), scores, target)
-    assert single.shape == (N,)
-    torch.testing.assert_close(call(build(entry, reduction="mean"), scores, target), single.mean())
-    torch.testing.assert_close(call(build(entry, reduction="sum"), scores, target), single.sum())
-    torch.testing.assert_close(call(build(entry), scores, target), single.mean())
+    arguments = KINDS[entry.slot].batch()
+    if of_the_batch(entry):
+        assert call(build(entry), *arguments).shape == ()
+        return
+    single = call(build(entry, reduction="none"), *arguments)
+    assert single.ndim >= 1
+    torch.testing.assert_close(call(build(entry, reduction="mean"), *arguments), single.mean())
+    torch.testing.assert_close(call(build(entry, reduction="sum"), *arguments), single.sum())
+    torch.testing.assert_close(call(build(entry), *arguments), single.mean())
 
 
 def test_first_and_second_derivatives(entry):
-    scores, target = batch(3)
-    loss = build(entry, reduction="none").double().eval()  # in training mode a call may change the loss's own state
-    leaf = scores.requires_grad_()
-    assert torch.autograd.gradcheck(lambda s: call(loss, s, target), leaf)
-    assert torch.autograd.gradgradcheck(lambda s: call(loss, s, target), leaf)
+    kind = KINDS[entry.slot]
+    arguments = list(kind.batch(max(3, kind.fewest)))
+
+    def value(*scored):
+        for place, argument in zip(kind.scored, scored, strict=True):
+            arguments[place] = argument
+        return call(build(entry).double().eval(), *arguments)  # in training mode a call may change its own state
+
+    leaves = tuple(arguments[place].requires_grad_() for place in kind.scored)
+    assert torch.autograd.gradcheck(value, leaves)
+    assert torch.autograd.gradgradcheck(value, leaves)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
-def test_large_scores_have_finite_loss_and_gradient_of_their_dtype(entry, dtype):
-    target = torch.arange(N) % CLASSES
-    up = torch.full((N, CLASSES), 1e4)
-    right = torch.where(torch.arange(CLASSES) == target[:, None], up, -up)
-    mixed = torch.where(batch()[0] > 0, up, -up)
-    for scores in (up, -up, right, -right, mixed, batch()[0]):
-        value, gradient = value_and_gradient(build(entry), scores.to(dtype), target)
+def test_extreme_batches_have_finite_loss_and_gradient_of_their_dtype(entry, dtype):
+    kind = KINDS[entry.slot]
+    for arguments in (*kind.extremes(), kind.batch()):
+        value, gradient = value_and_gradient(entry, build(entry), cast(entry, arguments, dtype))
         assert value.dtype == gradient.dtype == dtype
-        assert value.isfinite()
+        assert value.isfinite().all()
         assert gradient.isfinite().all()
 
 
 def test_half_precision_agrees_with_the_loss_of_the_rounded_scores(entry):
     for dtype in (torch.float16, torch.bfloat16):
-        scores, target = batch(dtype=dtype)
-        value = call(build(entry), scores, target)
-        exact = call(build(entry), scores.double(), target)
+        arguments = KINDS[entry.slot].batch(dtype=dtype)
+        value = call(build(entry), *arguments)
+        exact = call(build(entry), *cast(entry, arguments, torch.float64))
         torch.testing.assert_close(value.double(), exact, rtol=torch.finfo(dtype).eps, atol=1e-5)
 
 
-def test_small_and_uniform_batches_are_finite(entry):
-    scores, target = batch()
-    tied = torch.tensor([1.0, 3, 3, 3, -2]).expand(N, CLASSES)
-    for case in (
-        (scores[:1], target[:1]),  # one sample
-        (scores, torch.zeros(N, dtype=torch.long)),  # one class present
-        (torch.zeros(N, CLASSES), target),  # nothing to tell the classes apart
-        (torch.full((N, CLASSES), -3.0), target),
-        (tied, torch.full((N,), 1)),
-        (tied, torch.full((N,), 4)),
-    ):
-        value, gradient = value_and_gradient(build(entry), *case)
-        assert value.isfinite()
+def test_autocast_is_finite(entry):
+    kind = KINDS[entry.slot]
+    for arguments in (*kind.extremes(), kind.batch()):
+        with torch.autocast("cpu", torch.bfloat16):
+            value, gradient = value_and_gradient(entry, build(entry), cast(entry, arguments, torch.float32))
+        assert value.isfinite().all()
         assert gradient.isfinite().all()
 
 
 @settings(deadline=None, max_examples=10)
-@given(order=st.permutations(range(N)), seed=st.integers(0, 99))
-def test_permuted_samples_have_permuted_losses(entry, order, seed):
-    scores, target = batch(seed=seed)
-    order = torch.tensor(order)
-    plain = call(build(entry, reduction="none"), scores, target)
-    permuted = call(build(entry, reduction="none"), scores[order], target[order], order)
-    torch.testing.assert_close(permuted, plain[order])
+@given(data=st.data(), seed=st.integers(0, 99))
+def test_permuted_samples_have_permuted_losses(entry, data, seed):
+    kind = KINDS[entry.slot]
+    arguments = kind.batch(seed=seed)
+    if draws(entry):
+        return
+    order = torch.tensor(data.draw(st.permutations(range(len(arguments[0])))))
+    options = {} if of_the_batch(entry) else {"reduction": "none"}
+    plain = call(build(entry, **options), *arguments)
+    permuted = call(build(entry, **options), *kind.permuted(arguments, order), rows=order)
+    torch.testing.assert_close(permuted, plain[order] if plain.shape == order.shape else plain)
 
 
-def test_targets_may_be_of_a_smaller_integer_type(entry):
-    scores, target = batch()
+@settings(deadline=None, max_examples=10)
+@given(seed=st.integers(0, 99))
+def test_what_its_kind_calls_the_same_has_the_same_value(entry, seed):
+    kind = KINDS[entry.slot]
+    arguments = kind.batch(seed=seed)
+    if entry.name in OF_FIXED_CLASSES:
+        return
+    value = call(build(entry).eval(), *arguments)
+    for other in kind.same(arguments, seed):
+        torch.testing.assert_close(call(build(entry).eval(), *other), value, rtol=1e-6, atol=1e-8)
+
+
+def test_integers_may_be_of_a_smaller_type(entry):
+    kind = KINDS[entry.slot]
+    arguments = kind.batch()
     for dtype in (torch.int32, torch.int8):
-        torch.testing.assert_close(call(build(entry), scores, target.to(dtype)), call(build(entry), scores, target))
+        smaller = tuple(a.to(dtype) if place in kind.smaller else a for place, a in enumerate(arguments))
+        torch.testing.assert_close(call(build(entry), *smaller), call(build(entry), *arguments))
 
 
 def test_neither_the_inputs_nor_global_random_state_change(entry):
-    scores, target = batch()
-    before, kept = torch.get_rng_state(), (scores.clone(), target.clone())
-    value_and_gradient(build(entry), scores, target)
+    arguments = KINDS[entry.slot].batch()
+    loss, before, kept = build(entry), torch.get_rng_state(), [argument.clone() for argument in arguments]
+    value_and_gradient(entry, loss, arguments)
     assert torch.equal(torch.get_rng_state(), before)
-    assert torch.equal(scores, kept[0])
-    assert torch.equal(target, kept[1])
+    for argument, copied in zip(arguments, kept, strict=True):
+        assert torch.equal(argument, copied)
 
 
 def test_compiled_whole_it_is_the_same(entry, unchecked):
     if entry.name in NOT_COMPILED:
         pytest.skip(NOT_COMPILED[entry.name])
-    scores, target = batch(dtype=torch.float32)
+    arguments = KINDS[entry.slot].batch(dtype=torch.float32)
     torch.compiler.reset()
     compiled, plain = build(entry), build(entry)
     compiled.compile(fullgraph=True, backend="aot_eager")
     for _ in range(2):  # the second call meets the state that the first one left
         torch.testing.assert_close(
-            value_and_gradient(compiled, scores, target), value_and_gradient(plain, scores, target)
+            value_and_gradient(entry, compiled, arguments), value_and_gradient(entry, plain, arguments)
         )
 
 
 def test_state_dict_round_trip(entry):
-    scores, target = batch()
-    used, fresh = build(entry), build(entry)
-    call(used, scores, target)
+    arguments = KINDS[entry.slot].batch()
+    used, fresh = build(entry).eval() if draws(entry) else build(entry), build(entry)
+    fresh.train(used.training)
+    call(used, *arguments)
     file = io.BytesIO()
     torch.save(used.state_dict(), file)
     file.seek(0)
     fresh.load_state_dict(torch.load(file, weights_only=True))
+    if draws(entry) and hasattr(used, "generator"):
+        fresh.generator.set_state(used.generator.get_state())
     for _ in range(2):
-        assert torch.equal(call(fresh, scores, target), call(used, scores, target))
+        assert torch.equal(call(fresh, *arguments), call(used, *arguments))
 
 
 def test_copies_and_pickles_are_equal_and_independent(entry):
-    scores, target = batch()
+    arguments = KINDS[entry.slot].batch()
     used = build(entry)
-    call(used, scores, target)
+    call(used, *arguments)
     state = copy.deepcopy(used.state_dict())
     for other in (copy.deepcopy(used), pickle.loads(pickle.dumps(used))):
         assert repr(other) == repr(used)
-        assert torch.equal(call(other, scores, target), call(copy.deepcopy(used), scores, target))
+        assert torch.equal(call(other, *arguments), call(copy.deepcopy(used), *arguments))
         for name, value in used.state_dict().items():
             assert torch.equal(value, state[name])
 
@@ -173,15 +211,15 @@ def test_copies_and_pickles_are_equal_and_independent(entry):
 def test_the_repr_shows_every_hyperparameter(entry):
     loss = build(entry)
     for name in inspect.signature(type(loss)).parameters:
-        assert f"{name}=" in repr(loss)
+        assert name == "generator" or f"{name}=" in repr(loss)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 def test_it_moves_to_another_dtype(entry, dtype):
-    scores, target = batch(dtype=dtype)
-    value, gradient = value_and_gradient(build(entry).to(dtype), scores, target)
+    arguments = KINDS[entry.slot].batch(dtype=dtype)
+    value, gradient = value_and_gradient(entry, build(entry).to(dtype), arguments)
     assert value.dtype == gradient.dtype == dtype
-    plain = call(build(entry), scores.double(), target)
+    plain = call(build(entry).to(dtype).double(), *cast(entry, arguments, torch.float64))
     torch.testing.assert_close(value.double(), plain, rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
 
 
@@ -190,24 +228,17 @@ def test_searched_hyperparameters_are_arguments_with_valid_ranges(entry):
     for name, space in method.search.items():
         assert name in inspect.signature(method.factory).parameters
         for value in space.options if hasattr(space, "options") else (space.low, space.high):
-            assert math.isfinite(call(build(entry, **{name: value}), *batch()))
+            assert math.isfinite(call(build(entry, **{name: value}), *KINDS[entry.slot].batch()))
 
 
 def test_misuse_is_refused_with_the_argument_named(entry, unchecked):
-    scores, target = batch()
-    for name, arguments in [
-        ("input", (scores[:0], target[:0])),
-        ("input", (scores[0], target)),
-        ("input", (scores[None], target)),
-        ("input", (scores[:, :1], torch.zeros(N, dtype=torch.long))),
-        ("input", (scores.long(), target)),
-        ("target", (scores, target[:-1])),
-        ("target", (scores, target[:, None])),
-        ("target", (scores, target.double())),
-        ("target", (scores, torch.full((N,), CLASSES))),
-        ("target", (scores, torch.full((N,), -1))),
-    ]:
-        with pytest.raises(ValueError, match=f"^{name} must be"):
+    for name, arguments in KINDS[entry.slot].misuses():
+        with pytest.raises(ValueError, match=f"^{name} must be" if name else r"^\w+ must be"):
             call(build(entry), *arguments)
-    with pytest.raises(ValueError, match="^reduction must be"):
-        build(entry, reduction="average")
+    if not of_the_batch(entry):
+        with pytest.raises(ValueError, match="^reduction must be"):
+            build(entry, reduction="average")
+
+
+def test_every_kind_of_loss_is_known(entry):
+    assert entry.slot in KINDS

@@ -11,8 +11,10 @@ from fairtrial.contract import hyperparameters
 from fairtrial.methods.registry import index
 from fairtrial.trial.fingerprint import ROOT
 
+from .kinds import KINDS
+
 ENTRIES = index()
-SLOTS = {"optimizer", "loss", "regression_loss", "schedule", "batch", "sampler", "layer"}
+SLOTS = {*KINDS, "optimizer", "regression_loss", "schedule", "batch", "sampler", "layer"}
 
 
 @pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.name)
