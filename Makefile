@@ -2,7 +2,7 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test fuzz lint clean
 
 demo: $(VENV)/.installed
 	$(BIN)/fairtrial compare digits \
@@ -12,6 +12,9 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed-dev lint
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
+
+fuzz: $(VENV)/.installed-dev
+	OMP_NUM_THREADS=1 FUZZ_EXAMPLES=$(or $(EXAMPLES),100000) $(BIN)/pytest -n 2 -m fuzz
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .

@@ -5,12 +5,11 @@ from datetime import date, timedelta
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from tests.fuzzing import fuzz
 
 from fairtrial.catalog import FAMILIES, CatalogError, Claim, Paper, records
-
-unhurried = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # on a busy machine too
 
 RECORD = """\
 slug = "toy_loss"
@@ -193,13 +192,13 @@ extremes = [
 fragments = st.sampled_from(syntax + pieces + extremes)
 
 
-@unhurried
+@fuzz(100)
 @given(anything)
 def test_random_text(text: str):
     parse_or_refuse(text)
 
 
-@settings(unhurried, max_examples=400)
+@fuzz(400)
 @given(st.data())
 def test_mutated_records(data: st.DataObject):
     text = RECORD
@@ -223,7 +222,7 @@ values = st.one_of(
 lines = [line for line in RECORD.splitlines() if " = " in line and '"""' not in line]
 
 
-@settings(unhurried, max_examples=400)
+@fuzz(400)
 @given(st.lists(st.sampled_from(lines), max_size=3), values)
 def test_mistyped_values(changed: list[str], value: str):
     text = RECORD

@@ -8,6 +8,7 @@ import pytest
 import toy
 from hypothesis import example, given
 from hypothesis import strategies as st
+from tests.fuzzing import fuzz
 
 from fairtrial.contract import BadInput, Choice, Slot
 from fairtrial.trial.recipe import (
@@ -28,6 +29,7 @@ values = st.recursive(plain, lambda inner: st.lists(inner, max_size=3), max_leav
 choices = st.builds(Choice, names, st.dictionaries(keys, values, max_size=3))
 
 
+@fuzz(200)
 @given(st.text(st.characters(), max_size=60) | st.text("Aa1=(),[]{}'\"\\:.*- \n#", max_size=40))
 @example("A(x='\\'),B")
 @example("A(x=1)(y=2)")
@@ -50,11 +52,13 @@ def test_arbitrary_text_is_read_as_choices_or_refused(text):
         json.dumps(choice.params, allow_nan=False, sort_keys=True)
 
 
+@fuzz(200)
 @given(choices)
 def test_what_a_choice_is_written_as_reads_as_the_same_choice(choice):
     assert parse_choice(str(choice)) == choice
 
 
+@fuzz(200)
 @given(st.lists(choices, min_size=1, max_size=4))
 @example([Choice("A", {"x": 'it\'s "quoted", is it'}), Choice("B", {"y": "\\"})])
 def test_a_list_of_written_choices_reads_as_the_same_choices(listed):
@@ -162,6 +166,31 @@ def test_in_several_slots_each_method_is_tried_alone():
     assert [recipe_name(recipe, recipes[0]) for recipe in recipes] == ["baseline", "Twin", "Blurred"]
     assert str(recipes[1].choices["filter"]) == "Clean"
     assert str(recipes[2].choices["optimizer"]) == "Plain"
+
+
+pieces = st.sampled_from(
+    ["Plain", "twin", "Fixed", "Broken", "(", ")", ",", "=", "lr", "momentum", "gain", "0.1", "1e400"]
+)
+literals = st.sampled_from(["-1", "[1]", "'a'", "None", "True", "how", "raise", " ", "{}", "lambda: 0", "*", "é", "\\"])
+
+
+@fuzz(300)
+@given(st.lists(pieces | literals, max_size=12).map("".join) | st.lists(choices, max_size=3).map(repr))
+@example("Plain(lr=1" + "0" * 400 + ")")
+@pytest.mark.filterwarnings("ignore::SyntaxWarning", "ignore::DeprecationWarning")
+def test_arbitrary_text_asks_for_recipes_that_can_be_made_or_is_refused(text):
+    task = toy.load("toy")
+    try:
+        recipes = recipes_for(task, "toy", {"optimizer": text})
+    except BadInput:
+        return
+    assert len(recipes) >= 2
+    for recipe in recipes:
+        choice = recipe.choices["optimizer"]
+        assert parse_choice(str(choice)) == choice
+        made = task.slots["optimizer"].build(choice, None)
+        assert all(getattr(made, name) == value for name, value in choice.params.items())
+        assert Run(recipe, 0, "test").key(task="toy", version=1, fingerprint="")
 
 
 @pytest.mark.parametrize(
