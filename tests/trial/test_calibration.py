@@ -197,6 +197,7 @@ def test_the_json_is_plain_and_each_figure_is_a_flat_row(found):
 def test_what_is_not_as_it_should_be_is_said(found):
     good = replace(found, false_verdicts=[], power=[], coverage=[], savings=[])
     assert good.misses == []
+    assert good.judged == 0
     half, all_of_them = Share(1000, 2000), Share(2000, 2000)
     bad = replace(
         good,
@@ -239,6 +240,11 @@ def test_what_is_not_as_it_should_be_is_said(found):
         "intervals hold the truth in only 94.9 % [93.8, 95.8]: pool as measured, until decided, up to 40 seeds",
         "an effect of 1 takes 70 % of a fixed number of seeds: until decided, up to 40 seeds",
     ]
+
+
+def test_how_many_figures_were_judged_is_told(found):
+    rates, powers, coverages, savings = 5 * 3 * 6, 4 * 9, 5 * 4, 2
+    assert found.judged == rates + powers + coverages + savings
 
 
 def test_one_false_rate_that_chance_explains_among_many_is_no_miss(found):

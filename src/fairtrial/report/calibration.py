@@ -45,10 +45,10 @@ def calibration_tables(calibration: Calibration) -> RenderableType:
 
 def conclusion(calibration: Calibration) -> str:
     """One line that says whether every figure is within its bounds."""
-    count = len(calibration.misses)
-    if not count:
-        return f"Every figure is within its bounds: {BOUNDS}."
-    return f"{count} figure{' is' if count == 1 else 's are'} NOT within bounds: {BOUNDS}."
+    misses, judged = len(calibration.misses), calibration.judged
+    if not misses:
+        return f"Every one of {judged} figures is within its bounds: {BOUNDS}."
+    return f"{misses} of {judged} figures {'is' if misses == 1 else 'are'} NOT within bounds: {BOUNDS}."
 
 
 def _head(calibration: Calibration) -> Iterator[Text]:
