@@ -223,6 +223,12 @@ def test_doctor_reports(run):
         (["check"], "--family"),
         (["check", "nosuchpaper"], "nosuchpaper"),
         (["check", "grokking_stability"], "cannot be measured yet"),
+        (["calibrate", "digit"], "digits"),
+        (["calibrate", "--runs", "10"], "runs must be a whole number of at least 400, got 10"),
+        (["calibrate", "--comparisons", "1"], "comparisons must be"),
+        (["calibrate", "--trials", "-1"], "trials must be"),
+        (["calibrate", "--workers", "0"], "workers must be"),
+        (["calibrate", "my_task.py", "--record"], "--record is for the tasks that ship with fairtrial"),
         (["runs"], "nothing has been run"),
         (["runs", "--ended", "well"], "--ended"),
         (["frobnicate"], "frobnicate"),
@@ -307,6 +313,85 @@ def test_ctrl_c_says_what_is_kept_and_leaves_with_130(tiny, tmp_path):
     assert "Traceback" not in err
     assert out == ""
     assert _recorded(store)
+
+
+NOISE = "import random; value = random.Random(seed).gauss(0, 1) - seed % 3"
+
+
+def test_calibrate_prints_every_figure_and_says_whether_all_are_within_bounds(run, tiny):
+    code, out, err = run("calibrate", tiny(NOISE), "--comparisons", "40", "--executor", "inline")
+    assert code == 0
+    assert out.startswith("tiny: 400 runs of the baseline")
+    assert "False verdicts" in out
+    assert "NOT within bounds: false verdicts at most 5 %" in out  # so few comparisons leave much open
+    assert "400 of 400 runs done" in err
+    assert "drawing comparisons from the pool as measured" in err
+
+
+def test_calibrate_says_when_there_is_nothing_to_calibrate_on(run, tiny):
+    code, out, err = run("calibrate", tiny("value -= seed % 3"), "--executor", "inline")
+    assert code == 2
+    assert err.splitlines()[-1].endswith("all 400 runs of the baseline measured 0.5: there is nothing to calibrate on")
+    assert out == ""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="sends SIGKILL")
+def test_a_calibration_that_was_killed_goes_on_and_comes_to_the_same(run, tiny, tmp_path):
+    import time
+
+    arguments = ["calibrate", tiny(NOISE), "--comparisons", "20", "--executor", "inline", "--json"]
+    uninterrupted = json.loads(run(*arguments)[1])
+    tiny("import time; time.sleep(0.005); " + NOISE)
+    store = tmp_path / "killed.db"
+    command = [sys.executable, "-c", "from fairtrial.cli import main; main()", *arguments, "--store", store]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not (store.exists() and _recorded(store) >= 50):
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    kept = _recorded(store)
+    assert 50 <= kept < 400
+    code, out, err = run(*arguments, "--store", store)
+    assert code == 0
+    assert f"({kept} from the store)" in err
+    assert _recorded(store) == 400
+    resumed = json.loads(out)
+    for document in (resumed, uninterrupted):
+        del document["seconds"], document["fingerprint"]
+    assert resumed == uninterrupted
+
+
+def test_a_calibration_is_put_on_record_from_runs_that_are_stored(run, tmp_path, monkeypatch):
+    """The runs behind the figures on record: what they measured is in the file."""
+    from fairtrial import tasks
+    from fairtrial.contract import Outcome
+    from fairtrial.report import recorded
+    from fairtrial.trial.comparison import code_of
+    from fairtrial.trial.recipe import Recipe, Run
+    from fairtrial.trial.store import Store
+
+    task, pool = tasks.load("digits"), recorded.read(recorded.place("digits", 0)).calibration.pool
+    recipe = Recipe("digits", {name: slot.default for name, slot in task.slots.items()})
+    code = code_of(task, recipe)
+    with Store(tmp_path / "full.db") as store:
+        for seed, value in enumerate(pool.values, pool.first_seed):
+            made = Run(recipe, seed, "test")
+            key = made.key(task="digits", version=task.version, fingerprint=code)
+            store.put(key, made, "digits", task.version, code, Outcome(value))
+    arguments = ["calibrate", "--comparisons", "20", "--record", "--json", "--store", tmp_path / "full.db"]
+    monkeypatch.setattr(recorded, "FOLDER", tmp_path / "nowhere")
+    code, out, err = run(*arguments)
+    assert code == 2
+    assert "there is no folder" in err
+    assert out == ""
+    recorded.FOLDER.mkdir()
+    code, out, err = run(*arguments)
+    assert code == 0
+    assert "(400 from the store)" in err
+    again = recorded.read(tmp_path / "nowhere" / "digits.json")
+    assert again.as_json() == json.loads(out)
+    assert again.calibration.pool.values == pool.values
 
 
 def _recorded(store: Path) -> int:

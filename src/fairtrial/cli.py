@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from fairtrial.catalog import Catalogue, Claim, Finding, Paper
     from fairtrial.trial.comparison import Comparison
     from fairtrial.trial.execute import Executor
+    from fairtrial.trial.store import Store
 
 app = typer.Typer(
     help="Give every method a fair trial: look papers up, use their methods, compare them honestly on your own task.",
@@ -289,9 +290,67 @@ def _compared(
                 progress=progress,
             )
         except KeyboardInterrupt:
-            raise Interrupted(
-                f"interrupted; the runs that had ended are kept in {kept.location}: the same command goes on from there"
-            ) from None
+            raise _interrupted(kept) from None
+
+
+def _interrupted(store: "Store") -> "Interrupted":
+    return Interrupted(
+        f"interrupted; the runs that had ended are kept in {store.location}: the same command goes on from there"
+    )
+
+
+@app.command()
+def calibrate(
+    task: TaskArgument = "digits",
+    runs: Annotated[int, typer.Option(help="Runs of the baseline from which comparisons are drawn.")] = 400,
+    comparisons: Annotated[int, typer.Option(help="How many are drawn for each figure.")] = 10_000,
+    trials: Annotated[int, typer.Option(help="Tuning runs before each run; without, it has the defaults.")] = 0,
+    executor: ExecutorOption = "local",
+    workers: Workers = None,
+    store: StoreOption = None,
+    record: Annotated[bool, typer.Option("--record", help="Keep the figures with fairtrial.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Measure the bench on itself: false verdicts, power and coverage, on a task's baseline against itself."""
+    from fairtrial import tasks as shipped
+    from fairtrial.report import recorded
+    from fairtrial.report.output import check_output
+    from fairtrial.trial.calibration import calibrate as calibrate_bench
+    from fairtrial.trial.store import Store, default_store
+
+    if record and task not in shipped.names():
+        raise BadInput(f"--record is for the tasks that ship with fairtrial, not for {task}; --json prints the same")
+    if record:
+        check_output(recorded.place(task, trials))
+    with (
+        _executor(executor, workers) as carrying,
+        Store(store or default_store()) as kept,
+        _progress() as progress,
+        redirect_stdout(sys.stderr),
+    ):
+        try:
+            calibration = calibrate_bench(
+                shipped.load,
+                task,
+                executor=carrying,
+                store=kept,
+                runs=runs,
+                comparisons=comparisons,
+                trials=trials,
+                progress=progress,
+                drawing=lambda pool: print(f"drawing comparisons from the pool {pool}", flush=True),
+            )
+        except KeyboardInterrupt:
+            raise _interrupted(kept) from None
+    found = recorded.recorded(calibration, shipped.load(task), task)
+    if record:
+        recorded.write(found)
+    if as_json:
+        _print_json(found.as_json())
+        return
+    from fairtrial.report.calibration import calibration_tables
+
+    _console().print(calibration_tables(calibration))
 
 
 def _executor(name: str, workers: int | None) -> "Executor":

@@ -1,22 +1,38 @@
 """The bench measured on itself: how often its verdicts are wrong, how often they find what is there.
 
 A pool of real runs of a task's baseline, each with a seed of its own: everything that a seed decides is drawn anew in
-each, initial weights, the method's own random stream, order and split of the data. Comparisons are drawn from it, all
-runs of one without replacement: n runs stand for the baseline and n for each of the methods, which are placebos, since
-they are the baseline. Whatever the distribution of the pool, exchanging two of its runs changes nothing, so that the
-differences are symmetric around 0: a verdict of `better` or `worse` is false, and an interval should hold 0. Runs that
-shared their seed's split and order, as a comparison's do, would be exchangeable just as well; they would only differ by
-less, and that the figures here do not depend on, as everything is measured in standard deviations of the differences.
+each, initial weights, the method's own random stream, order and split of the data, and its tuning if it has one.
+Comparisons are drawn from it, all runs of one without replacement: n runs stand for the baseline and n for each of the
+methods, which are placebos, since they are the baseline. Whatever the distribution of the pool, exchanging two of its
+runs changes nothing, so that the differences are symmetric around 0: a verdict of `better` or `worse` is false, and an
+interval should hold 0. Runs that shared their seed's split and order, as a comparison's do, would be exchangeable just
+as well; they would only differ by less, and that the figures here do not depend on, as everything is measured in
+standard deviations of the differences.
 
 Real pools are tame or not as they happen to be. Each is therefore also used in other shapes: with the ranks of its
-values, ties included, on a heavy-tailed and on a skewed distribution, with values rounded until most are tied, and with
-one run in twenty diverged.
+values, ties included, on a heavy-tailed and on a skewed distribution, with values rounded to whole standard deviations
+until most are tied, and with one run in twenty diverged.
+
+**What the intervals cover.** Every comparison is a random order of the pool, drawn independently of all others. Given
+the pool the number of false verdicts, of intervals that hold the truth, of effects found is therefore binomial, though
+two comparisons share many runs, and its interval is right for the share among all comparisons that these runs allow.
+The level of the tests, and with placebos the coverage, is promised for every pool, so these figures speak of the bench.
+Power, savings and coverage with skewed differences depend on the shape of the pool: another 400 runs would have come to
+slightly other figures, and that the intervals do not cover. Nor are figures independent of each other: all come from
+the same draws, those with 6 seeds from the first 6 of those with 20.
+
+**Known limits.** Tests and intervals rest on differences being symmetric around their mean. A method that changes
+nothing but the spread of skewed values makes differences skewed, and intervals then hold the true difference of means
+in fewer than 95 % of cases; `coverage` with a spread of 2 says in how many. Where a metric takes few values, as does
+accuracy on a small test set, many differences are tied. Tests are then cautious: fewer false verdicts than 5 %, and
+intervals that are wider than they need be. The power that is computed knows nothing of ties, and with up to 10 seeds it
+may be 10 points off, up or down, as a planted effect lies between values that the metric can take.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,223 +40,41 @@ from scipy import stats
 
 from fairtrial.contract import BadInput, Metric, Task
 from fairtrial.trial import sequential, statistics
-from fairtrial.trial.comparison import Progress, evaluate, unwatched
+from fairtrial.trial.comparison import FIRST_TUNING_SEED, Progress, evaluate, unwatched
 from fairtrial.trial.execute import Executor
+from fairtrial.trial.figures import (
+    AMPLE,
+    AS_MEASURED,
+    Calibration,
+    Coverage,
+    Detection,
+    FalseVerdicts,
+    Pool,
+    Saving,
+    Share,
+)
 from fairtrial.trial.recipe import Recipe, check_budget
 from fairtrial.trial.statistics import LEVEL, holm
 from fairtrial.trial.store import Store
+from fairtrial.trial.tuning import search_space
 
-FIRST_POOL_SEED = 2_000_000  # evaluation seeds count from 0, tuning seeds from 1 000 000
+FIRST_POOL_SEED = (
+    2_000_000  # evaluation seeds count from 0, tuning seeds from 1 000 000; those of a pool from 3 000 000
+)
 RUNS = 400
-COMPARISONS = 5000  # so that a rate of 5 % has an interval that ends well below 6.5 %
-WITH_EFFECT = 2000  # of these, with a planted effect
+COMPARISONS = 10_000  # so that a rate of just 5 % has an interval that ends well below 6.5 %
 SEEDS = (6, 10, 20)
 METHODS = (1, 3, 8)
-BUDGETS = (10, 20, 40)  # seeds, of comparisons that run until decided; the last for the pool as measured only
-EFFECTS = (0.5, 0.75, 1.0)  # in standard deviations of the paired difference: 20 seeds find 56 %, 88 % and 99 %
+BUDGETS = (10, 20, AMPLE)  # seeds, of comparisons that run until decided
+EFFECTS = (0.25, 0.5, 0.75, 1.0)  # standard deviations of the paired difference: 20 seeds find 19, 56, 89 and 99 %
 DIVERGED = 0.05
-MEASURED = "as measured"
 SKEWED = "skewed (exponential)"
 
-Design = Literal["fixed", "until decided"]
 Array = NDArray[np.float64]
 
 
-@dataclass(frozen=True)
-class Share:
-    """A number of cases among all, and the 95 % interval for its share (Clopper & Pearson 1934)."""
-
-    count: int
-    of: int
-
-    @property
-    def rate(self) -> float:
-        return self.count / self.of
-
-    @property
-    def low(self) -> float:
-        return float(stats.beta.ppf(0.025, self.count, self.of - self.count + 1)) if self.count else 0.0
-
-    @property
-    def high(self) -> float:
-        return float(stats.beta.ppf(0.975, self.count + 1, self.of - self.count)) if self.count < self.of else 1.0
-
-    def as_json(self) -> dict[str, Any]:
-        return {"count": self.count, "of": self.of, "rate": self.rate, "low": self.low, "high": self.high}
-
-
-@dataclass(frozen=True)
-class FalseVerdicts:
-    """Comparisons of placebos with any `better` or `worse` among them.
-
-    Attributes:
-        pool: 'as measured', or another shape of it.
-        design: a number of seeds fixed beforehand, or looking again and again up to a budget.
-        seeds: that number, or the budget.
-        methods: placebos compared to the baseline at once, under Holm's correction.
-        share: of comparisons with a false verdict.
-    """
-
-    pool: str
-    design: Design
-    seeds: int
-    methods: int
-    share: Share
-
-
-@dataclass(frozen=True)
-class Coverage:
-    """Comparisons in which the interval, at every look if there are several, holds the true difference of means.
-
-    Attributes:
-        pool, design, seeds: as in `FalseVerdicts`.
-        spread: 1 for a placebo. 2 for one whose values lie twice as far from their mean: if the pool is skewed then
-            differences are so too, and the intervals promise nothing; the figure says what that costs.
-        share: of comparisons whose interval holds it.
-    """
-
-    pool: str
-    design: Design
-    seeds: int
-    spread: int
-    share: Share
-
-
-@dataclass(frozen=True)
-class Detection:
-    """Comparisons in which one method is better by a known amount, among placebos, and is found to be.
-
-    Attributes:
-        pool, design, seeds, methods: as in `FalseVerdicts`.
-        effect: what is added to its values, in standard deviations of the paired difference.
-        share: of comparisons in which its verdict is `better`.
-        computed: what `statistics.power` says for a fixed number of seeds at the level that Holm leaves the only method
-            to be found; it takes differences for normal.
-    """
-
-    pool: str
-    design: Design
-    seeds: int
-    methods: int
-    effect: float
-    share: Share
-    computed: float | None
-
-
-@dataclass(frozen=True)
-class Saving:
-    """What looking again and again saves, with one method.
-
-    Attributes:
-        effect: as in `Detection`.
-        median_seeds: seeds at which half of the comparisons had been decided, or the budget of 40.
-        fixed_seeds: how many a fixed number must be to find the effect as often (as the lower end of the interval for
-            how often it was found within the budget).
-        ratio: of the two; of runs as well, since both recipes have as many.
-    """
-
-    effect: float
-    median_seeds: float
-    fixed_seeds: int
-    ratio: float
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """All of it, for the baseline of one task."""
-
-    task: str
-    version: int
-    metric: str
-    runs: int
-    failed: int
-    distinct: int
-    mean: float
-    spread: float
-    comparisons: int
-    false_verdicts: Sequence[FalseVerdicts]
-    coverage: Sequence[Coverage]
-    detection: Sequence[Detection]
-    savings: Sequence[Saving]
-
-    @property
-    def ties(self) -> bool:
-        """Whether any two runs measured the same."""
-        return self.distinct < self.runs
-
-    @property
-    def misses(self) -> list[str]:
-        """What is not as it should be, a sentence each; none is expected.
-
-        False verdicts: no more than 5 % beyond chance, and the interval's upper end at most 6.5 %. Coverage, with
-        placebos: 95 ± 1.5 % at 10 and 20 seeds, or more where there are ties or fewer seeds; over all looks together no
-        less than 95 % beyond chance. Detection, on the pool as measured: within 10 points of what was computed.
-        Savings, at the largest effect: at most 60 % of the runs.
-        """
-        return [
-            *self._false_too_often(),
-            *self._covered_too_seldom(),
-            *self._not_found_as_computed(),
-            *self._too_long(),
-        ]
-
-    def _false_too_often(self) -> Iterator[str]:
-        for found in self.false_verdicts:
-            if found.share.low > LEVEL or found.share.high > 0.065:
-                yield f"false verdicts in {found.share.rate:.1%} of cases: {_case(found)}, {found.methods} methods"
-
-    def _covered_too_seldom(self) -> Iterator[str]:
-        for found in self.coverage:
-            few = found.share.rate < 0.935 if found.design == "fixed" else found.share.high < 0.95
-            exact = found.design == "fixed" and found.seeds >= 10 and found.pool == MEASURED and not self.ties
-            many = exact and found.share.rate > 0.965
-            if found.spread == 1 and (few or many):
-                yield f"intervals hold the truth in {found.share.rate:.1%} of cases: {_case(found)}"
-
-    def _not_found_as_computed(self) -> Iterator[str]:
-        for found in self.detection:
-            if found.pool != MEASURED or found.computed is None:
-                continue
-            if abs(found.share.rate - found.computed) > 0.1:
-                yield (
-                    f"an effect of {found.effect:g} found in {found.share.rate:.1%} of cases and not "
-                    f"{found.computed:.1%}: {_case(found)}, {found.methods} methods"
-                )
-
-    def _too_long(self) -> Iterator[str]:
-        for saving in self.savings:
-            if saving.effect == max(EFFECTS) and saving.ratio > 0.6:
-                yield f"an effect of {saving.effect:g} takes {saving.ratio:.0%} of the runs of a fixed number of seeds"
-
-    def as_json(self) -> dict[str, Any]:
-        """Plain data: the attributes, each share as {'count', 'of', 'rate', 'low', 'high'}, and `misses`."""
-        return {
-            "task": self.task,
-            "version": self.version,
-            "metric": self.metric,
-            "pool": {
-                "runs": self.runs,
-                "failed": self.failed,
-                "distinct": self.distinct,
-                "mean": self.mean,
-                "spread": self.spread,
-            },
-            "comparisons": self.comparisons,
-            "false_verdicts": [_with_share(found) for found in self.false_verdicts],
-            "coverage": [_with_share(found) for found in self.coverage],
-            "detection": [_with_share(found) for found in self.detection],
-            "savings": [asdict(saving) for saving in self.savings],
-            "misses": self.misses,
-        }
-
-
-def _case(found: FalseVerdicts | Coverage | Detection) -> str:
-    seeds = f"{found.seeds} seeds" if found.design == "fixed" else f"until decided, up to {found.seeds} seeds"
-    return f"pool {found.pool}, {seeds}"
-
-
-def _with_share(found: FalseVerdicts | Coverage | Detection) -> dict[str, Any]:
-    return {**asdict(found), "share": found.share.as_json()}
+def untold(pool: str) -> None:
+    """For those who only want the result."""
 
 
 def calibrate(
@@ -251,7 +85,9 @@ def calibrate(
     store: Store,
     runs: int = RUNS,
     comparisons: int = COMPARISONS,
+    trials: int = 0,
     progress: Progress = unwatched,
+    drawing: Callable[[str], None] = untold,
 ) -> Calibration:
     """Run a task's baseline, every slot at its default, `runs` times, and draw comparisons from these runs.
 
@@ -261,73 +97,72 @@ def calibrate(
         executor: carries the runs out; entered by the caller.
         store: what is recorded there is not run again.
         runs: size of the pool; 8 methods, a baseline and 40 seeds take 360 of them.
-        comparisons: how many are drawn for every figure.
-        progress: told after every run; the drawing after the last one takes a minute or two.
+        comparisons: how many are drawn for every figure; half as many with planted effects.
+        trials: tuning runs before each run of the pool, on a seed of their own; without, it runs with the defaults.
+        progress: told after every run.
+        drawing: told the shape of the pool that comparisons are about to be drawn from; all take some minutes.
 
     Raises:
         BadInput: something asked for does not exist or is out of range, or all runs measure the same.
         StoreError: the store cannot be used.
     """
     check_budget("runs", runs, RUNS)
-    check_budget("comparisons", comparisons)
+    check_budget("comparisons", comparisons, 2)
+    check_budget("trials", trials, 0)
+    if runs > FIRST_TUNING_SEED:
+        raise BadInput(f"runs must be at most {FIRST_TUNING_SEED}, got {runs}")
     task = load(reference)
     baseline = Recipe(reference, {name: slot.default for name, slot in task.slots.items()})
+    if trials and not search_space(task, baseline):
+        raise BadInput(f"trials must be 0: the baseline of {task.name} has nothing to tune")
     seeds = range(FIRST_POOL_SEED, FIRST_POOL_SEED + runs)
-    outcomes = evaluate(task, baseline, seeds, executor=executor, store=store, progress=progress)
-    values = [outcome.value for outcome in outcomes]
-    failed = sum(outcome.failed for outcome in outcomes)
-    return calibration_of(values, task.metric, comparisons, task=task.name, version=task.version, failed=failed)
+    found = evaluate(task, baseline, seeds, trials, executor=executor, store=store, progress=progress)
+    pool = Pool(
+        task.name,
+        task.version,
+        task.metric,
+        trials,
+        FIRST_POOL_SEED,
+        [outcome.value for _, outcome in found],
+        sum(outcome.failed for _, outcome in found),
+        math.fsum(run.seconds for tuned, outcome in found for run in (*(run for _, run in tuned.history), outcome)),
+    )
+    return calibration_of(pool, comparisons, drawing)
 
 
-def calibration_of(
-    values: Sequence[float],
-    metric: Metric,
-    comparisons: int = COMPARISONS,
-    *,
-    task: str = "",
-    version: int = 0,
-    failed: int = 0,
-) -> Calibration:
-    """What comparisons drawn from these runs of one recipe come to. The draws are fixed."""
-    pool = np.asarray(values, dtype=np.float64)
-    if np.ptp(pool) == 0:
-        raise BadInput(f"all {pool.size} runs of the baseline measured {pool[0]:g}: there is nothing to calibrate on")
-    drawn = _drawn(pool.size, comparisons)
+def calibration_of(pool: Pool, comparisons: int = COMPARISONS, drawing: Callable[[str], None] = untold) -> Calibration:
+    """What comparisons drawn from these runs come to. The draws are fixed."""
+    values = np.asarray(pool.values, dtype=np.float64)
+    if np.ptp(values) == 0:
+        raise BadInput(
+            f"all {values.size} runs of the baseline measured {values[0]:g}: there is nothing to calibrate on"
+        )
+    started = time.perf_counter()
+    drawn = _drawn(values.size, comparisons)
+    with_effect = comparisons // 2
     false_verdicts: list[FalseVerdicts] = []
+    power: list[Detection] = []
     coverage: list[Coverage] = []
-    detection: list[Detection] = []
     savings: list[Saving] = []
-    for name, shape in shapes(pool, metric).items():
+    for name, shape in shapes(values, pool.metric).items():
+        drawing(name)
         baseline, methods = shape[drawn[:, 0]], shape[drawn[:, 1:]]
         placebos = methods - baseline[:, None]
         spread = _spread(shape)
         for n in SEEDS:
             p = _p_values(placebos[..., :n])
-            false_verdicts += [FalseVerdicts(name, "fixed", n, m, _any_significant(p[:, :m])) for m in METHODS]
-            detection += _found_with_fixed_seeds(name, placebos[:WITH_EFFECT, 0, :n], p[:WITH_EFFECT], spread)
-        budgets = BUDGETS if name == MEASURED else BUDGETS[:-1]
-        false_verdicts += _false_until_decided(name, placebos, budgets)
-        coverage += _covered(name, placebos[:, 0], 1, budgets[-1])
-        if name in (MEASURED, SKEWED):
-            coverage += _covered(name, 2 * methods[:, 0] - shape.mean() - baseline, 2, budgets[-1])
-        if name == MEASURED:
-            detection += _found_until_decided(name, placebos[:WITH_EFFECT, 0], spread)
-            savings += _savings(placebos[:WITH_EFFECT, 0], spread)
-    return Calibration(
-        task,
-        version,
-        metric.name,
-        pool.size,
-        failed,
-        int(np.unique(pool).size),
-        float(pool.mean()),
-        _spread(pool),
-        comparisons,
-        false_verdicts,
-        coverage,
-        detection,
-        savings,
-    )
+            false_verdicts += [FalseVerdicts(name, "fixed", n, _any_significant(p[:, :m]), m) for m in METHODS]
+            power += _found_with_fixed_seeds(name, placebos[:with_effect, 0, :n], p[:with_effect], spread)
+        false_verdicts += _false_until_decided(name, placebos)
+        coverage += _covered(name, placebos[:, 0], 1)
+        if name in (AS_MEASURED, SKEWED):
+            coverage += _covered(name, 2 * methods[:, 0] - shape.mean() - baseline, 2)
+        if name == AS_MEASURED:
+            found, saved = _found_until_decided(name, placebos[:with_effect, 0], spread)
+            power += found
+            savings += saved
+    took = time.perf_counter() - started
+    return Calibration(pool, comparisons, with_effect, took, false_verdicts, power, coverage, savings)
 
 
 def shapes(pool: Array, metric: Metric) -> dict[str, Array]:
@@ -337,11 +172,11 @@ def shapes(pool: Array, metric: Metric) -> dict[str, Array]:
     diverged = np.where(rng.permutation(pool.size) < DIVERGED * pool.size, metric.worst, pool)
     spread = pool.std()
     return {
-        MEASURED: pool,
-        "heavy tails (Student's t, 2 degrees of freedom)": stats.t.ppf(share, 2),
+        AS_MEASURED: pool,
+        "heavy tails (t with 2 df)": stats.t.ppf(share, 2),
         SKEWED: stats.expon.ppf(share),
-        "many ties (rounded to standard deviations)": np.round((pool - pool.mean()) / spread),
-        "one in twenty diverged": diverged,
+        "many ties (rounded)": np.round((pool - pool.mean()) / spread),
+        "one in 20 diverged": diverged,
     }
 
 
@@ -394,44 +229,53 @@ def _found_with_fixed_seeds(name: str, placebo: Array, p: Array, spread: float) 
         for m in METHODS:
             corrected = np.array([holm(row)[0] for row in with_effect[:, :m]])
             share = _count((corrected < LEVEL) & (better.sum(axis=1) > 0))
-            yield Detection(name, "fixed", n, m, effect, share, statistics.power(effect, 1.0, n, LEVEL / m))
+            computed = round(statistics.power(effect, 1.0, n, LEVEL / m), 5)
+            yield Detection(name, "fixed", n, share, m, effect, computed)
 
 
-def _false_until_decided(name: str, placebos: Array, budgets: Sequence[int]) -> Iterator[FalseVerdicts]:
+def _false_until_decided(name: str, placebos: Array) -> Iterator[FalseVerdicts]:
     """The first verdict of all is a rejection at the level divided by the number of methods."""
-    most = budgets[-1]
-    least = sequential.least_levels(placebos[..., :most].reshape(-1, most)).reshape(placebos.shape[:2])
+    least = sequential.least_levels(placebos.reshape(-1, BUDGETS[-1])).reshape(placebos.shape[:2])
     for m in METHODS:
         near = least[:, :m] <= LEVEL / m
-        crossed = np.zeros((*near.shape, len(sequential.looks_up_to(most))), dtype=bool)
-        crossed[near] = sequential.crossings(placebos[:, :m, :most][near], LEVEL / m) != 0
-        for n in budgets:
-            looks = len(sequential.looks_up_to(n))
-            yield FalseVerdicts(name, "until decided", n, m, _count(crossed[..., :looks].any(axis=(1, 2))))
+        crossed = np.zeros((*near.shape, len(sequential.looks_up_to(BUDGETS[-1]))), dtype=bool)
+        crossed[near] = sequential.crossings(placebos[:, :m][near], LEVEL / m) != 0
+        for budget in BUDGETS:
+            looks = len(sequential.looks_up_to(budget))
+            yield FalseVerdicts(name, "until decided", budget, _count(crossed[..., :looks].any(axis=(1, 2))), m)
 
 
-def _covered(name: str, differences: Array, spread: int, budget: int) -> Iterator[Coverage]:
+def _covered(name: str, differences: Array, spread: int) -> Iterator[Coverage]:
     """An interval leaves 0 out just where the test rejects it."""
     for n in SEEDS:
-        yield Coverage(name, "fixed", n, spread, _count(_p_values(differences[:, :n]) >= LEVEL))
-    crossed = sequential.crossings(differences[:, :budget], LEVEL)
-    yield Coverage(name, "until decided", budget, spread, _count((crossed == 0).all(axis=1)))
+        yield Coverage(name, "fixed", n, _count(_p_values(differences[:, :n]) >= LEVEL), spread)
+    crossed = sequential.crossings(differences, LEVEL)
+    yield Coverage(name, "until decided", BUDGETS[-1], _count((crossed == 0).all(axis=1)), spread)
 
 
-def _found_until_decided(name: str, placebo: Array, spread: float) -> Iterator[Detection]:
+def _found_until_decided(name: str, placebo: Array, spread: float) -> tuple[list[Detection], list[Saving]]:
+    """What is found within the largest budget, and, with one method, what that saves."""
+    found, saved = [], []
     for effect in EFFECTS:
         for m in METHODS:
-            _, side = _first_crossing(placebo + effect * spread, LEVEL / m)
-            yield Detection(name, "until decided", BUDGETS[-1], m, effect, _count(side > 0), None)
+            seeds, side = _first_crossing(placebo + effect * spread, LEVEL / m)
+            found.append(Detection(name, "until decided", BUDGETS[-1], _count(side > 0), m, effect, None))
+            if m == 1:
+                saved += [_saving(effect, budget, seeds, side) for budget in BUDGETS[1:]]
+    return found, saved
 
 
-def _savings(placebo: Array, spread: float) -> Iterator[Saving]:
-    for effect in EFFECTS:
-        seeds, side = _first_crossing(placebo + effect * spread, LEVEL)
-        often = _count(side > 0).low
-        fixed = next(n for n in range(6, 10_000) if statistics.power(effect, 1.0, n) >= often)
-        median = float(np.median(seeds))
-        yield Saving(effect, median, fixed, median / fixed)
+def _saving(effect: float, budget: int, seeds: NDArray[np.int64], side: NDArray[np.int8]) -> Saving:
+    share = _count((side > 0) & (seeds <= budget))
+    fixed = next(n for n in range(6, 10_000) if statistics.power(effect, 1.0, n) >= share.low)
+    return Saving(effect, budget, *_median(np.minimum(seeds, budget)), fixed, share)
+
+
+def _median(values: NDArray[np.int64]) -> tuple[float, float, float]:
+    """The median, and its 95 % interval: as many values are below it as heads in so many throws of a coin."""
+    ordered = np.sort(values)
+    outside = max(0, int(stats.binom.ppf(0.025, ordered.size, 0.5)) - 1)
+    return float(np.median(ordered)), float(ordered[outside]), float(ordered[-1 - outside])
 
 
 def _first_crossing(differences: Array, level: float) -> tuple[NDArray[np.int64], NDArray[np.int8]]:

@@ -231,12 +231,10 @@ def compare(
     shared = [tune(task, recipe, trials, FIRST_TUNING_SEED) for recipe in recipes] if tune_once else []
     tuned: list[Tuned] = conduct.all_of(shared)
 
-    def one_seed(place: int, seed: int) -> Generator[list[Job], list[Outcome], _Seed]:
-        found = tuned[place] if tune_once else (yield from tune(task, recipes[place], trials, FIRST_TUNING_SEED + seed))
-        outcomes = yield [Job(Run(recipes[place].with_params(found.params), seed, "test"))]
-        return found, outcomes[0]
+    def one_seed(place: int, seed: int) -> Generator[list[Job], list[Outcome], Seed]:
+        return _one_seed(task, recipes[place], trials, seed, tuned[place] if tune_once else None)
 
-    by_recipe: list[list[_Seed]] = [[] for _ in recipes]
+    by_recipe: list[list[Seed]] = [[] for _ in recipes]
     going = list(range(len(recipes)))
     for look in sequential.looks_up_to(seeds) if until_decided else [seeds]:
         wanted_now = [(place, seed) for seed in range(len(by_recipe[0]), look) for place in going]
@@ -260,40 +258,51 @@ def compare(
     )
 
 
+Seed = tuple[Tuned, Outcome]  # of one recipe
+
+
 def evaluate(
     task: Task,
     recipe: Recipe,
     seeds: Sequence[int],
+    trials: int = 0,
     *,
     executor: Executor,
     store: Store,
     progress: Progress = unwatched,
-) -> list[Outcome]:
-    """Run one recipe on test data, in the order of the seeds; what is stored is not run again."""
+) -> list[Seed]:
+    """Run one recipe on test data, in the order of the seeds; what is stored is not run again.
 
-    def one_wave() -> Generator[list[Job], list[Outcome], list[Outcome]]:
-        outcomes = yield [Job(Run(recipe, seed, "test")) for seed in seeds]
-        return outcomes
-
-    outcomes: list[Outcome] = _Conduct(task, executor, store, progress, len(seeds)).all_of([one_wave()])[0]
-    return outcomes
-
-
-_Seed = tuple[Tuned, Outcome]  # of one recipe
+    With `trials` each seed has a tuning of its own, as in a comparison; without, nothing is tuned.
+    """
+    total = len(seeds) * (1 + (trials if search_space(task, recipe) else 0))
+    found: list[Seed] = _Conduct(task, executor, store, progress, total).all_of(
+        [_one_seed(task, recipe, trials, seed, None if trials else Tuned(recipe, {})) for seed in seeds]
+    )
+    return found
 
 
-def _undecided(metric: Metric, by_recipe: Sequence[Sequence[_Seed]], going: Sequence[int]) -> list[int]:
+def _one_seed(
+    task: Task, recipe: Recipe, trials: int, seed: int, tuned: Tuned | None
+) -> Generator[list[Job], list[Outcome], Seed]:
+    """Tune for a seed, unless that has been done, and run the best configuration."""
+    found = (yield from tune(task, recipe, trials, FIRST_TUNING_SEED + seed)) if tuned is None else tuned
+    outcomes = yield [Job(Run(recipe.with_params(found.params), seed, "test"))]
+    return found, outcomes[0]
+
+
+def _undecided(metric: Metric, by_recipe: Sequence[Sequence[Seed]], going: Sequence[int]) -> list[int]:
     """Those of the recipes still going that have no verdict yet."""
     found = sequential.differences(*_baseline_and_others(by_recipe))
     return [p for p in going if p and verdict(found[p - 1], metric.sign, metric.margin) == "undecided"]
 
 
-def _baseline_and_others(by_recipe: Sequence[Sequence[_Seed]]) -> tuple[list[float], list[list[float]]]:
+def _baseline_and_others(by_recipe: Sequence[Sequence[Seed]]) -> tuple[list[float], list[list[float]]]:
     baseline, *others = [[outcome.value for _, outcome in seeds] for seeds in by_recipe]
     return baseline, others
 
 
-def _stopping(budget: int, by_recipe: Sequence[Sequence[_Seed]], tune_once: bool) -> Stopping:
+def _stopping(budget: int, by_recipe: Sequence[Sequence[Seed]], tune_once: bool) -> Stopping:
     runs = saved = 0
     for seeds in by_recipe:
         tuning = len(seeds[0][0].history)
@@ -313,7 +322,7 @@ class _Rules(Protocol):
 def _judge(
     metric: Metric,
     recipes: Sequence[Recipe],
-    by_recipe: Sequence[Sequence[_Seed]],
+    by_recipe: Sequence[Sequence[Seed]],
     rules: _Rules,
 ) -> list[Judged]:
     baseline, others = _baseline_and_others(by_recipe)
