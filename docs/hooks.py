@@ -1,4 +1,4 @@
-"""What MkDocs does beyond rendering the guide: pages of papers and methods join it, and equations are drawn."""
+"""What MkDocs does beyond rendering the guide: pages of papers and methods join it, and figures and equations."""
 
 from typing import Any
 
@@ -6,6 +6,7 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
 import api_pages
+import calibration_tables
 import maths
 import paper_pages
 from fairtrial.catalog import FAMILIES, Catalogue
@@ -31,6 +32,10 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     for address, content in {**paper_pages.pages(_catalogue), **api_pages.pages(_catalogue)}.items():
         files.append(File.generated(config, address, content=content))
     return files
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    return calibration_tables.with_figures(markdown)
 
 
 def on_page_content(html: str, **_: Any) -> str:

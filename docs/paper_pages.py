@@ -5,14 +5,10 @@ how it is laid out stands in `templates/`.
 """
 
 import ast
-import re
 from collections import Counter
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
-
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from fairtrial import tasks
 from fairtrial.catalog import FAMILIES, STATUSES, VERDICTS, Catalogue, Measurement, Paper
@@ -21,6 +17,7 @@ from fairtrial.contract import Task
 from fairtrial.methods.registry import Categorical, Entry, Integer, LogUniform, Space, Uniform, index
 from fairtrial.report.wording import ranges
 from fairtrial.trial.fingerprint import ROOT
+from layout import filled, plain, table
 
 STANDINGS: tuple[str, ...] = (*VERDICTS, "not checked")  # where a claim may stand
 MEASURED = ("reproduced", "partly", "not reproduced")
@@ -70,8 +67,14 @@ def pages(catalogue: Catalogue) -> dict[str, str]:
 def paper_page(catalogue: Catalogue, slug: str) -> str:
     """What it is, how to use it, its claims beside the evidence, and how that was come by."""
     paper, methods, evidence = catalogue[slug], _methods().get(slug, []), catalogue.evidence(slug)
-    return _filled(
+    return filled(
         "paper.md.j2",
+        **WORDS,
+        claim_title=claim_title,
+        measured=measured,
+        ranges=ranges,
+        searched=searched,
+        short_title=short_title,
         paper=paper,
         status=catalogue.status(slug),
         methods=methods,
@@ -94,8 +97,9 @@ def index_page(catalogue: Catalogue) -> str:
         found = _standings(catalogue, paper)
         return ", ".join(f"{found[standing]} {standing}" for standing in STANDINGS if found[standing])
 
-    return _filled(
+    return filled(
         "papers.md.j2",
+        **WORDS,
         catalogue=catalogue,
         statuses=[(status, counts[status]) for status in reversed(STATUSES)],
         families=[(family, papers) for family, papers in by_family if papers],
@@ -108,8 +112,10 @@ def verdict_page(catalogue: Catalogue) -> str:
     claims = [(paper, standing) for paper in catalogue.values() for standing in catalogue.claims(paper.slug)]
     found = Counter[str](standing.verdict for _, standing in claims)
     checked = [paper for paper in catalogue.values() if catalogue.evidence(paper.slug)]
-    return _filled(
+    return filled(
         "verdicts.md.j2",
+        **WORDS,
+        short_title=short_title,
         claims=claims,
         counts={standing: found[standing] for standing in STANDINGS},
         measured=sum(found[verdict] for verdict in MEASURED),
@@ -186,8 +192,7 @@ def measured(measurements: Sequence[Measurement]) -> str:
         "in the paper": [plain(m.paper) for m in measurements],
     }
     used = {head: cells for head, cells in columns.items() if any(cells)}
-    rules = ["---:" if head == "value" else "---" for head in used]
-    return "\n".join(f"| {' | '.join(row)} |" for row in [list(used), rules, *zip(*used.values(), strict=True)])
+    return table(list(used), zip(*used.values(), strict=True), right=["value"])
 
 
 def _interval(m: Measurement) -> str:
@@ -196,37 +201,3 @@ def _interval(m: Measurement) -> str:
         if m.low is None or m.high is None
         else plain(f"[{m.low:.4g}, {m.high:.4g}]").replace(" ", "\N{NO-BREAK SPACE}")
     )
-
-
-def badge(word: str) -> str:
-    """A standing or a status, told by word and colour."""
-    return f'<span class="badge {word.replace(" ", "-")}">{word}</span>'
-
-
-def counted(number: int, what: str) -> str:
-    return f"{number} {what}" if number == 1 else f"{number} {what}s"
-
-
-def plain(text: str) -> str:
-    """Text that Markdown takes as it stands, on one line."""
-    flat = " ".join(text.split()).replace("&", "&amp;").replace("<", "&lt;")
-    return re.sub(r"([\\`*_{}\[\]|#$~])", r"\\\1", flat)
-
-
-def _filled(template: str, **values: Any) -> str:
-    return _environment().get_template(template).render(values)
-
-
-@cache
-def _environment() -> Environment:
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).with_name("templates")),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["plain"] = plain
-    environment.globals.update(WORDS)
-    for function in (badge, claim_title, counted, measured, ranges, searched, short_title):
-        environment.globals[function.__name__] = function
-    return environment

@@ -5,6 +5,7 @@ from datetime import date
 import pytest
 from markdown_it import MarkdownIt
 
+import layout
 import paper_pages
 from fairtrial import tasks
 from fairtrial.catalog import Catalogue, Claim, Evidence, Finding, Machine, Measurement, Paper
@@ -59,9 +60,7 @@ def test_what_records_and_evidence_say_is_shown_and_nothing_more(monkeypatch):
     assert "4 seeds: 0–2, 5." in html
     assert "in 1,234 s on 2 CPUs with" in html
     assert "!!! warning" in page
-    assert [paper_pages.badge(standing) in html for standing in ("partly", "not testable here", "not checked")] == [
-        1
-    ] * 3
+    assert [layout.badge(standing) in html for standing in ("partly", "not testable here", "not checked")] == [1] * 3
     assert "1 author " in html
 
 
