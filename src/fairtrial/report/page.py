@@ -24,6 +24,7 @@ from fairtrial.report.wording import (
     notes,
     number,
     p_value,
+    ranges,
     ratio,
     reason,
     signed,
@@ -106,8 +107,8 @@ def page(comparison: Comparison, origin: Origin) -> str:
         shown_tunings=tuning_charts.SHOWN,
         tuning=[(row, *_tuning(comparison, row.place)) for row in rows],
         failures=list(_failures(runs, rows)),
-        tuning_seeds=_ranges(comparison.tuning_seeds),
-        evaluation_seeds=_ranges(comparison.evaluation_seeds),
+        tuning_seeds=ranges(comparison.tuning_seeds),
+        evaluation_seeds=ranges(comparison.evaluation_seeds),
     )
 
 
@@ -242,20 +243,9 @@ def _failures(runs: Sequence[Carried], rows: Sequence[Row]) -> Iterator[Failure]
 def _which(runs: Sequence[Carried]) -> str:
     """'seeds 0–3', '9 tuning runs, for seeds 0–2'."""
     seeds = sorted({run.serves for run in runs if run.serves is not None})
-    of_seeds = f"seed{'s' if len(seeds) > 1 else ''} {_ranges(seeds)}"
+    of_seeds = f"seed{'s' if len(seeds) > 1 else ''} {ranges(seeds)}"
     if runs[0].phase == "evaluation":
         return of_seeds
     if not seeds:
-        return f"tuning run{'s' if len(runs) > 1 else ''} {_ranges([run.number for run in runs])}"
+        return f"tuning run{'s' if len(runs) > 1 else ''} {ranges([run.number for run in runs])}"
     return f"{len(runs)} tuning run{'s' if len(runs) > 1 else ''}, for {of_seeds}"
-
-
-def _ranges(numbers: Sequence[int]) -> str:
-    """'0–4, 7' for 0, 1, 2, 3, 4, 7."""
-    parts: list[list[int]] = []
-    for n in numbers:
-        if parts and n == parts[-1][1] + 1:
-            parts[-1][1] = n
-        else:
-            parts.append([n, n])
-    return ", ".join(f"{first}" if first == last else f"{first}–{last}" for first, last in parts)

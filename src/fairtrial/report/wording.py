@@ -101,6 +101,17 @@ def joined(names: Sequence[str]) -> str:
     return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
 
 
+def ranges(numbers: Sequence[int]) -> str:
+    """'0–4, 7' for 0, 1, 2, 3, 4, 7."""
+    parts: list[list[int]] = []
+    for n in numbers:
+        if parts and n == parts[-1][1] + 1:
+            parts[-1][1] = n
+        else:
+            parts.append([n, n])
+    return ", ".join(f"{first}" if first == last else f"{first}–{last}" for first, last in parts)
+
+
 def title(comparison: "Comparison") -> str:
     baseline, *others = comparison.recipes
     return f"{joined([judged.name for judged in others])} against {baseline.name}"
