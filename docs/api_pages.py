@@ -27,7 +27,7 @@ def family_page(catalogue: Catalogue, family: str) -> str:
     for module, names in exported(METHODS / family / "__init__.pyi").items():
         source = ast.parse((METHODS / family / f"{module}.py").read_text(encoding="utf-8"))
         about = (ast.get_docstring(source) or module).partition("\n")[0]
-        lines += [f"## {re.split(r'[:.] ?', about)[0]} {{ #{module} }}", ""]
+        lines += [f"## {re.split(r'[:.](?: |$)', about)[0]} {{ #{module} }}", ""]
         if module in catalogue:
             lines += [f"The paper’s claims and evidence: [{catalogue[module].title}](../papers/{module}.md).", ""]
         lines += _directive(f"fairtrial.methods.{family}.{module}", [], heading=False)
