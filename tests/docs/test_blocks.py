@@ -19,7 +19,7 @@ from fairtrial import cli
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 SMALLEST = {"--trials": "1", "--seeds": "2", "--executor": "inline"}
-NOT_RUN = ("make ", "python -m pip ", "python -m venv ", "fairtrial check ", "tensorboard ")
+NOT_RUN = ("make ", "python -m pip ", "python -m venv ", "fairtrial calibrate ", "fairtrial check ", "tensorboard ")
 
 
 @dataclass(frozen=True)
