@@ -34,7 +34,7 @@ UsageError: Any = typer.BadParameter.__base__  # of whichever Click this Typer i
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
 StoreOption = Annotated[
     str | None,
-    typer.Option("--store", metavar="PATH", help="Where runs are kept: an SQLite file or a database URL."),
+    typer.Option("--store", metavar="PATH", help="Where runs are kept: an SQLite file, or postgresql://…"),
 ]
 
 
