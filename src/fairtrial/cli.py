@@ -34,7 +34,7 @@ UsageError: Any = typer.BadParameter.__base__  # of whichever Click this Typer i
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
 StoreOption = Annotated[
     str | None,
-    typer.Option("--store", metavar="PATH", help="Where runs are kept: an SQLite file or a database URL."),
+    typer.Option("--store", metavar="PATH", help="Where runs are kept: an SQLite file, or postgresql://…"),
 ]
 
 
@@ -464,13 +464,28 @@ def runs(
     if as_json:
         _print_json([asdict(run) for run in found])
         return
-    from fairtrial.report.tables import run_table
+    from fairtrial.report.tables import run_lines
 
-    console = _console()
-    console.print(run_table(found) if found else "No run fits.")
+    typer.echo("\n".join(run_lines(found)) if found else "No run fits.")
     for run in found:
         if run.outcome.error and ended is not None:
-            console.print(f"\n{run.recorded} {run.task}, seed {run.seed}:\n{run.outcome.error}", markup=False)
+            typer.echo(f"\n{run.recorded} {run.task}, seed {run.seed}:\n{run.outcome.error}")
+
+
+@app.command("upgrade-store")
+def upgrade_store(store: StoreOption = None, as_json: Json = False) -> None:
+    """Bring a store that an older fairtrial made up to date; all its runs stay."""
+    from fairtrial.trial.migrations import upgrade
+    from fairtrial.trial.schema import SCHEMA_VERSION
+    from fairtrial.trial.store import default_store
+
+    location, had = upgrade(store or default_store())
+    if as_json:
+        _print_json({"store": location, "had": had, "has": SCHEMA_VERSION})
+    elif had == SCHEMA_VERSION:
+        typer.echo(f"The store {location} has schema version {had} already: there is nothing to do.")
+    else:
+        typer.echo(f"The store {location} had schema version {had} and has version {SCHEMA_VERSION} now.")
 
 
 @app.command("new-task")

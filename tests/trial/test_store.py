@@ -78,7 +78,7 @@ def test_listing_filters_by_task_and_end_and_gives_the_newest_first(store):
         children.put(store, seed, Outcome(0.0, "died"))
     for seed in range(3, 5):
         children.put(store, seed, task="other")
-    with store.engine.begin() as connection:
+    with store.database.engine.begin() as connection:
         connection.execute(sa.text("UPDATE runs SET recorded = '2026-01-0' || (seed + 1) || 'T00:00:00+00:00'"))
     assert [stored.seed for stored in store.list()] == [4, 3, 2, 1, 0]
     assert [stored.seed for stored in store.list(task="other")] == [4, 3]
@@ -89,7 +89,7 @@ def test_listing_filters_by_task_and_end_and_gives_the_newest_first(store):
 
 
 def test_a_store_makes_its_folder_and_takes_an_empty_file(tmp_path):
-    Store(tmp_path / "a" / "b" / "runs.db").engine.dispose()
+    Store(tmp_path / "a" / "b" / "runs.db").database.close()
     assert (tmp_path / "a" / "b" / "runs.db").is_file()
     (tmp_path / "empty.db").touch()
     with Store(tmp_path / "empty.db") as store:
@@ -228,7 +228,7 @@ def test_a_database_that_may_only_be_read_is_read_and_says_so_when_written(writt
 def test_a_database_that_has_reached_its_size_is_reported_and_loses_nothing(tmp_path):
     with Store(tmp_path / "runs.db") as store:
         key = children.put(store, 0)
-        with store.engine.connect() as connection:
+        with store.database.engine.connect() as connection:
             connection.exec_driver_sql("PRAGMA max_page_count = 1")
         with pytest.raises(StoreError, match="database or disk is full"):
             children.put(store, 1, Outcome(0.0, error="x" * 100_000))
@@ -264,7 +264,7 @@ def test_threads_that_open_a_new_store_at_once_all_get_one(tmp_path):
         def open_store(path, barrier=barrier, failed=failed):
             barrier.wait()
             try:
-                Store(path).engine.dispose()
+                Store(path).database.close()
             except StoreError as error:
                 failed.append(str(error))
 
@@ -285,7 +285,7 @@ def test_the_environment_names_the_store_that_is_used_by_default(monkeypatch):
 
 def test_a_run_is_recorded_with_what_its_figures_depend_on(store):
     children.put(store, 0)
-    with store.engine.connect() as connection:
+    with store.database.engine.connect() as connection:
         recorded = json.loads(connection.exec_driver_sql("SELECT environment FROM runs").scalar())
     assert recorded == environment()
     assert {"python", "torch", "numpy", "optuna", "fairtrial"} <= recorded.keys()

@@ -7,10 +7,12 @@ from importlib.metadata import PackageNotFoundError, version
 
 from fairtrial import __version__
 from fairtrial.catalog import CatalogError, Catalogue
-from fairtrial.trial.store import Store, StoreError, default_store
+from fairtrial.trial.database import StoreError
+from fairtrial.trial.schema import SCHEMA_VERSION
+from fairtrial.trial.store import Store, default_store
 
 NEEDED = ("torch", "numpy", "scipy", "scikit-learn", "optuna", "sqlalchemy")
-EXTRAS = {"transformers": "llm"}
+EXTRAS = {"transformers": "llm", "psycopg": "postgres"}
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,7 @@ class Item:
 
 
 def examine(store: str | None = None) -> list[Item]:
-    """Look at everything a comparison needs; nothing but the store's file is made."""
+    """Look at everything a comparison needs; nothing but the store is made."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30 if hasattr(os, "sysconf") else 0
     items = [
         Item("fairtrial", True, __version__),
@@ -67,6 +69,6 @@ def _catalogue() -> Item:
 def _store(location: str) -> Item:
     try:
         with Store(location) as store:
-            return Item("store", True, f"{store.location}, {store.count()} runs")
+            return Item("store", True, f"{store.location}, schema version {SCHEMA_VERSION}, {store.count()} runs")
     except StoreError as error:
         return Item("store", False, str(error))

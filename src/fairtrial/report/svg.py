@@ -17,13 +17,11 @@ def visible(text: str) -> str:
 
 def element(tag: str, *inside: str | Markup, **attributes: Attribute) -> Markup:
     """`element("text", "a < b", x=1.25, text_anchor="end")`; attributes that are None are left out."""
-    written = Markup("").join(
-        Markup(' {}="{}"').format(Markup(_name(name)), _plain(value))
-        for name, value in attributes.items()
-        if value is not None
+    written = "".join(
+        f' {_name(name)}="{escape(_plain(value))}"' for name, value in attributes.items() if value is not None
     )
-    content = Markup("").join(piece if isinstance(piece, Markup) else escape(visible(piece)) for piece in inside)
-    return Markup("<{0}{1}>{2}</{0}>").format(Markup(tag), written, content)
+    content = "".join(piece if isinstance(piece, Markup) else escape(visible(piece)) for piece in inside)
+    return Markup(f"<{tag}{written}>{content}</{tag}>")
 
 
 def _name(name: str) -> str:

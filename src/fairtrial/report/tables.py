@@ -118,25 +118,25 @@ def slot_table(slots: Iterable[Slot]) -> RenderableType:
     return made
 
 
-def run_table(runs: "Sequence[Stored]") -> RenderableType:
-    made = table("recorded", "task", "seed", "split", "ended", "value", "seconds", "choices", right=("seed", "value"))
+def run_lines(runs: "Sequence[Stored]") -> Iterator[str]:
+    """A line for each run, under one of headings; a table of thousands would take longer to lay out than to read."""
+    rows = [("recorded", "task", "seed", "split", "ended", "value", "seconds", "choices")]
     for run in runs:
         choices = ", ".join(
             f"{slot}={choice['name']}" + (_parameters(choice["params"]) if choice["params"] else "")
             for slot, choice in run.choices.items()
         )
-        outcome = run.outcome
-        made.add_row(
-            run.recorded[:19].replace("T", " "),
-            run.task,
-            str(run.seed),
-            run.split,
-            outcome.ended,
-            f"{outcome.value:.4g}",
-            f"{outcome.seconds:.2f}",
-            choices,
+        outcome, when = run.outcome, run.recorded[:19].replace("T", " ")
+        measured = (outcome.ended, f"{outcome.value:.4g}", f"{outcome.seconds:.2f}")
+        rows.append((when, run.task, str(run.seed), run.split, *measured, choices))
+    recorded, task, seed, split, ended, value, seconds, _ = (
+        max(map(len, column)) for column in zip(*rows, strict=True)
+    )
+    for row in rows:
+        yield (
+            f"{row[0]:{recorded}}  {row[1]:{task}}  {row[2]:>{seed}}  {row[3]:{split}}  {row[4]:{ended}}  "
+            f"{row[5]:>{value}}  {row[6]:>{seconds}}  {row[7]}"
         )
-    return made
 
 
 def _parameters(params: dict[str, object]) -> str:

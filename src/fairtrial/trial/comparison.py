@@ -3,18 +3,20 @@
 import math
 import statistics as median_of
 from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from typing import Any, Protocol
 
 from fairtrial.contract import BadInput, Metric, Outcome, Task
 from fairtrial.trial import sequential, statistics
+from fairtrial.trial.database import StoreError
 from fairtrial.trial.execute import Executor, Job
 from fairtrial.trial.fingerprint import fingerprint
 from fairtrial.trial.recipe import Recipe, Run, check_budget, recipe_name, recipes_for
 from fairtrial.trial.statistics import Difference, Verdict, verdict
 from fairtrial.trial.store import Store
-from fairtrial.trial.tuning import Tuned, search_space, tune
+from fairtrial.trial.tuning import Tried, Tuned, search_space, tune, tuning_key
 
 FIRST_TUNING_SEED = 1_000_000  # evaluation seeds count from 0; the two never meet
 
@@ -228,17 +230,20 @@ def compare(
 
     total = runs_for(range(len(recipes)), budget) + (sum(tuning_runs) if tune_once else 0)
     conduct = _Conduct(task, executor, store, progress, total)
-    shared = [tune(task, recipe, trials, FIRST_TUNING_SEED) for recipe in recipes] if tune_once else []
-    tuned: list[Tuned] = conduct.all_of(shared)
-
-    def one_seed(place: int, seed: int) -> Generator[list[Job], list[Outcome], Seed]:
-        return _one_seed(task, recipes[place], trials, seed, tuned[place] if tune_once else None)
+    once = conduct.tunings([(recipe, FIRST_TUNING_SEED) for recipe in recipes], trials) if tune_once else []
+    tuned: list[Tuned] = conduct.all_of(once)
 
     by_recipe: list[list[Seed]] = [[] for _ in recipes]
     going = list(range(len(recipes)))
     for look in sequential.looks_up_to(seeds) if until_decided else [seeds]:
         wanted_now = [(place, seed) for seed in range(len(by_recipe[0]), look) for place in going]
-        for (place, _), found in zip(wanted_now, conduct.all_of([one_seed(*w) for w in wanted_now]), strict=True):
+        tunings: Sequence[_Tuning | Tuned] = (
+            [tuned[place] for place, _ in wanted_now]
+            if tune_once
+            else conduct.tunings([(recipes[place], FIRST_TUNING_SEED + seed) for place, seed in wanted_now], trials)
+        )
+        flows = [_one_seed(recipes[place], seed, how) for (place, seed), how in zip(wanted_now, tunings, strict=True)]
+        for (place, _), found in zip(wanted_now, conduct.all_of(flows), strict=True):
             by_recipe[place].append(found)
         if until_decided:
             undecided = _undecided(task.metric, by_recipe, going)
@@ -276,17 +281,20 @@ def evaluate(
     With `trials` each seed has a tuning of its own, as in a comparison; without, nothing is tuned.
     """
     total = len(seeds) * (1 + (trials if search_space(task, recipe) else 0))
-    found: list[Seed] = _Conduct(task, executor, store, progress, total).all_of(
-        [_one_seed(task, recipe, trials, seed, None if trials else Tuned(recipe, {})) for seed in seeds]
-    )
+    conduct = _Conduct(task, executor, store, progress, total)
+    tunings: Sequence[_Tuning | Tuned] = [Tuned(recipe, {})] * len(seeds)
+    if trials:
+        tunings = conduct.tunings([(recipe, FIRST_TUNING_SEED + seed) for seed in seeds], trials)
+    found: list[Seed] = conduct.all_of([_one_seed(recipe, *how) for how in zip(seeds, tunings, strict=True)])
     return found
 
 
-def _one_seed(
-    task: Task, recipe: Recipe, trials: int, seed: int, tuned: Tuned | None
-) -> Generator[list[Job], list[Outcome], Seed]:
-    """Tune for a seed, unless that has been done, and run the best configuration."""
-    found = (yield from tune(task, recipe, trials, FIRST_TUNING_SEED + seed)) if tuned is None else tuned
+_Tuning = Generator[list[Job], list[Outcome], Tuned]
+
+
+def _one_seed(recipe: Recipe, seed: int, tuning: _Tuning | Tuned) -> Generator[list[Job], list[Outcome], Seed]:
+    """Tune, unless that has been done, and run the best configuration."""
+    found = tuning if isinstance(tuning, Tuned) else (yield from tuning)
     outcomes = yield [Job(Run(recipe.with_params(found.params), seed, "test"))]
     return found, outcomes[0]
 
@@ -373,43 +381,66 @@ class _Conduct:
         self.task, self.executor, self.store, self.progress, self.total = task, executor, store, progress, total
         self.done = self.failed = self.stored = 0
         self.fingerprints: dict[tuple[str, ...], str] = {}
+        self.writable = False  # nobody has looked yet
 
-    def all_of(self, flows: Sequence[Generator[list[Job], list[Outcome], Any]]) -> list[Any]:
+    def tunings(self, wanted: Sequence[tuple[Recipe, int]], trials: int) -> list[_Tuning]:
+        """Flows for `all_of` that tune recipes, each on a seed; the store is asked what they tried before."""
+        keys = [tuning_key(self.task, recipe, trials, seed, self._code(recipe)) for recipe, seed in wanted]
+        known = self.store.tunings(keys)
+        return [
+            self._tuning(recipe, trials, seed, key, known.get(key))
+            for (recipe, seed), key in zip(wanted, keys, strict=True)
+        ]
+
+    def _tuning(self, recipe: Recipe, trials: int, seed: int, key: str, known: Sequence[Tried] | None) -> _Tuning:
+        found = yield from tune(self.task, recipe, trials, seed, known)
+        if found.history and found.tried != known and not any(outcome.ended == "lost" for _, outcome in found.history):
+            with suppress(StoreError):  # it only saves time, and not to a reader who may not write
+                self.store.put_tuning(key, self.task.name, found.tried)
+        return found
+
+    def all_of(self, flows: Sequence[Generator[list[Job], Any, Any]]) -> list[Any]:
         """Drive flows, which yield waves of jobs and are sent their outcomes, to their ends, side by side."""
         results: list[Any] = [None] * len(flows)
         waves: dict[int, list[Outcome | None]] = {}
         origin: dict[Job, tuple[int, int]] = {}
 
-        def begin(flow: int, sent: list[Outcome] | None) -> None:
-            while True:
-                try:
-                    jobs = next(flows[flow]) if sent is None else flows[flow].send(sent)
-                except StopIteration as end:
-                    results[flow] = end.value
-                    return
-                waves[flow] = [self._recorded(job) for job in jobs]
-                for place, job in enumerate(jobs):
-                    if waves[flow][place] is None:
-                        origin[job] = (flow, place)
-                        self.executor.submit(job)
-                if None in waves[flow]:
-                    return
-                sent = [outcome for outcome in waves[flow] if outcome is not None]
+        def drive(going: list[int]) -> None:
+            """As far as what is stored will take them; the store is asked for the next waves of all of them at once."""
+            while going:
+                asked: dict[int, list[Job]] = {}
+                for flow in going:
+                    try:
+                        asked[flow] = flows[flow].send(waves.get(flow))
+                    except StopIteration as end:
+                        results[flow] = end.value
+                recorded = self._recorded([job for jobs in asked.values() for job in jobs])
+                for flow, jobs in asked.items():
+                    waves[flow] = [recorded.get(job) for job in jobs]
+                    for place, job in enumerate(jobs):
+                        if job not in recorded:
+                            origin[job] = (flow, place)
+                            self._submit(job)
+                going = [flow for flow in asked if None not in waves[flow]]
 
-        for flow in range(len(flows)):
-            begin(flow, None)
+        drive(list(range(len(flows))))
         while origin:
             job, outcome = self.executor.next()
             flow, place = origin.pop(job)
             if outcome.ended != "lost":
-                code = self._fingerprint(job.run)
+                code = self._code(job.run.recipe)
                 self.store.put(self._key(job.run), job.run, self.task.name, self.task.version, code, outcome)
             self._count(outcome)
-            wave = waves[flow]
-            wave[place] = outcome
-            if None not in wave:
-                begin(flow, [finished for finished in wave if finished is not None])
+            waves[flow][place] = outcome
+            if None not in waves[flow]:
+                drive([flow])
         return results
+
+    def _submit(self, job: Job) -> None:
+        if not self.writable:
+            self.store.check_writable()
+            self.writable = True
+        self.executor.submit(job)
 
     def expect(self, further: int) -> None:
         """Tell that so many runs are still to come."""
@@ -426,34 +457,37 @@ class _Conduct:
             done=self.done, total=self.total, running=self.executor.running, failed=self.failed, stored=self.stored
         )
 
-    def _recorded(self, job: Job) -> Outcome | None:
-        """What the store has, as if it had just been run: stopped where the pruner would have stopped it."""
-        outcome = self.store.get(self._key(job.run))
-        if outcome is None:
-            return None
-        if job.pruner is not None:
-            for length in range(1, len(outcome.curve) + 1):
-                if job.pruner.hopeless(outcome.curve[:length]):
-                    curve = outcome.curve[:length]
-                    outcome = replace(outcome, value=curve[-1][1], ended="pruned", curve=curve, error=None)
-                    break
-            else:
-                if outcome.ended == "pruned":
-                    return None  # it was stopped under other conditions; now it must run to its end
-        elif outcome.ended == "pruned":
-            return None
-        self.stored += 1
-        self._count(outcome)
-        return outcome
+    def _recorded(self, jobs: Sequence[Job]) -> dict[Job, Outcome]:
+        """What the store has of them, as if it had just been run."""
+        keys = [self._key(job.run) for job in jobs]
+        stored = self.store.outcomes(keys)
+        recorded = {}
+        for job, key in zip(jobs, keys, strict=True):
+            outcome = _as_just_run(job, stored[key]) if key in stored else None
+            if outcome is not None:
+                recorded[job] = outcome
+                self.stored += 1
+                self._count(outcome)
+        return recorded
 
     def _key(self, run: Run) -> str:
-        return run.key(task=self.task.name, version=self.task.version, fingerprint=self._fingerprint(run))
+        return run.key(task=self.task.name, version=self.task.version, fingerprint=self._code(run.recipe))
 
-    def _fingerprint(self, run: Run) -> str:
-        names = tuple(choice.name for _, choice in sorted(run.recipe.choices.items()))
+    def _code(self, recipe: Recipe) -> str:
+        names = tuple(choice.name for _, choice in sorted(recipe.choices.items()))
         if names not in self.fingerprints:
-            self.fingerprints[names] = code_of(self.task, run.recipe)
+            self.fingerprints[names] = code_of(self.task, recipe)
         return self.fingerprints[names]
+
+
+def _as_just_run(job: Job, outcome: Outcome) -> Outcome | None:
+    """A recorded outcome, stopped where the job's pruner would have stopped it; None if it was stopped before that."""
+    if job.pruner is not None:
+        for length in range(1, len(outcome.curve) + 1):
+            if job.pruner.hopeless(outcome.curve[:length]):
+                curve = outcome.curve[:length]
+                return replace(outcome, value=curve[-1][1], ended="pruned", curve=curve, error=None)
+    return None if outcome.ended == "pruned" else outcome
 
 
 def code_of(task: Task, recipe: Recipe) -> str:

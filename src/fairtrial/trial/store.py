@@ -1,57 +1,32 @@
-"""Where runs are kept: a database through SQLAlchemy Core, SQLite (WAL) unless a URL says otherwise.
+"""Where runs are kept: a database through SQLAlchemy Core, SQLite unless a URL says PostgreSQL.
 
 A run is recorded in one transaction when it ends. Killing the process at any moment loses at most the runs in flight.
 """
 
 import json
+import math
 import os
-import sqlite3
-import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from functools import cache
-from pathlib import Path
-from typing import Any
+from functools import cache, partial
+from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
 import sqlalchemy as sa
 from platformdirs import user_data_path
-from sqlalchemy.exc import ArgumentError, DBAPIError, IntegrityError, NoSuchModuleError
+from sqlalchemy.dialects import postgresql, sqlite
 
-from fairtrial.contract import BadInput, Costs, Outcome
+from fairtrial.contract import Costs, Ended, Outcome
+from fairtrial.trial.database import Database, StoreError
 from fairtrial.trial.recipe import Run
+from fairtrial.trial.schema import SCHEMA_VERSION, make_schema, other_version, runs, schema_version, tunings
 
-SCHEMA_VERSION = 1
-PATIENCE = 60  # seconds to wait for another process that writes
+if TYPE_CHECKING:
+    from fairtrial.trial.tuning import Tried
 
-schema = sa.MetaData()
-about = sa.Table(
-    "fairtrial",
-    schema,
-    sa.Column("key", sa.String(32), primary_key=True),
-    sa.Column("value", sa.Text, nullable=False),
-)
-runs = sa.Table(
-    "runs",
-    schema,
-    sa.Column("key", sa.String(32), primary_key=True),
-    sa.Column("task", sa.Text, nullable=False, index=True),
-    sa.Column("version", sa.Integer, nullable=False),
-    sa.Column("choices", sa.Text, nullable=False),
-    sa.Column("seed", sa.BigInteger, nullable=False),
-    sa.Column("split", sa.String(16), nullable=False),
-    sa.Column("fingerprint", sa.Text, nullable=False),
-    sa.Column("ended", sa.String(16), nullable=False),
-    sa.Column("value", sa.Float, nullable=False),
-    sa.Column("outcome", sa.Text, nullable=False),
-    sa.Column("environment", sa.Text, nullable=False),
-    sa.Column("recorded", sa.String(32), nullable=False, index=True),
-)
-
-
-class StoreError(BadInput):
-    """The store cannot be used; nothing in it was changed."""
+T = TypeVar("T")
+UNREADABLE = (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError)
+AT_ONCE = 900  # keys that are asked for in one query; SQLite may take no more than 999
 
 
 @dataclass(frozen=True)
@@ -76,61 +51,45 @@ def default_store() -> str:
 class Store:
     """Recorded runs by key.
 
+    Every method tries for a while to reach a server that was lost, and raises StoreError if it does not come back or if
+    something else is wrong.
+
     Args:
-        location: path of an SQLite file, made if missing, or a database URL.
+        location: path of an SQLite file, made if missing, or a URL: `sqlite:///…`, `postgresql://…`.
+
+    Attributes:
+        location: as a person may see it, without a password.
 
     Raises:
-        StoreError: not a store of this version, damaged, or not to be written.
+        StoreError: not a store of this version, damaged, or not to be reached or written.
     """
 
     def __init__(self, location: str | os.PathLike[str]) -> None:
-        url = _url(os.fspath(location))
-        self.location = str(url) if "://" in os.fspath(location) else os.fspath(location)  # hides a URL's password
-        try:
-            sqlite = url.get_backend_name() == "sqlite"
-            self.engine = sa.create_engine(url, connect_args={"timeout": PATIENCE} if sqlite else {})
-        except (ArgumentError, NoSuchModuleError, ImportError) as error:
-            raise StoreError(f"the store {self.location!r} is no usable path or database URL: {error}") from error
-        if sqlite:
-            sa.event.listen(self.engine, "connect", _prepare_sqlite)
-            if url.database and url.database != ":memory:":
-                _prepare_file(Path(url.database))
-        with self._guarded():
-            self._open()
-
-    def _open(self) -> None:
-        with self.engine.begin() as connection:
-            if connection.dialect.name == "sqlite":  # one process at a time, and all tables or none
-                connection.exec_driver_sql("BEGIN IMMEDIATE")
-            schema.create_all(connection)
-            version = connection.scalar(sa.select(about.c.value).where(about.c.key == "schema"))
-            if version is None:
-                connection.execute(about.insert().values(key="schema", value=str(SCHEMA_VERSION)))
-            elif version != str(SCHEMA_VERSION):
-                raise _other_version(self.location, version)
+        self.database = Database(location)
+        self.location = self.database.location
+        version = self.database.look(partial(schema_version, location=self.location))
+        if version is None:
+            self.database.make_folder()
+            version = self.database.transact(partial(make_schema, location=self.location), patience=0)
+        if version != str(SCHEMA_VERSION):
+            raise other_version(self.location, version)
 
     def __enter__(self) -> "Store":
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self.engine.dispose()
-
-    @contextmanager
-    def _guarded(self) -> Iterator[None]:
-        try:
-            yield
-        except DBAPIError as error:
-            reason = str(error.orig).strip().splitlines()[0]
-            raise StoreError(f"the store {self.location} cannot be used: {reason}") from error
+        self.database.close()
 
     def get(self, key: str) -> Outcome | None:
         """The recorded outcome of a run, if there is one."""
-        with self._guarded(), self.engine.connect() as connection:
-            text = connection.scalar(sa.select(runs.c.outcome).where(runs.c.key == key))
-        return None if text is None else self._outcome(key, text)
+        return self.outcomes([key]).get(key)
+
+    def outcomes(self, keys: Sequence[str]) -> dict[str, Outcome]:
+        """The recorded outcomes of those of the runs that there are, by key."""
+        return {key: self._outcome(key, text) for key, text in self._texts(runs.c.key, runs.c.outcome, keys)}
 
     def put(self, key: str, run: Run, task: str, version: int, fingerprint: str, outcome: Outcome) -> None:
-        """Record a run, in one transaction. Equal keys mean equal results: the newest stands."""
+        """Record a run. Equal keys mean equal results: only a run that was pruned gives way to one that came later."""
         row = {
             "key": key,
             "task": task,
@@ -143,128 +102,130 @@ class Store:
             "value": outcome.value,
             "outcome": json.dumps(asdict(outcome), sort_keys=True),
             "environment": json.dumps(environment(), sort_keys=True),
-            "recorded": datetime.now(UTC).isoformat(timespec="seconds"),
+            "recorded": _now(),
         }
-        with self._guarded():
-            try:
-                with self.engine.begin() as connection:
-                    connection.execute(runs.delete().where(runs.c.key == key))
-                    connection.execute(runs.insert().values(row))
-            except IntegrityError:
-                pass  # somebody else has just recorded the same run
+        insert = self._insert(runs).values(row)
+        later = {name: insert.excluded[name] for name in row}
+        try:
+            self._write(
+                insert.on_conflict_do_update(index_elements=[runs.c.key], set_=later, where=runs.c.ended == "pruned")
+            )
+        except StoreError as error:
+            raise StoreError(f"{error}; the run that has just ended is not recorded, those before it are") from error
+
+    def check_writable(self) -> None:
+        """Refuse a store that can only be read, before anything is run in vain."""
+        nothing = sa.select(runs).where(sa.false())
+        self._write(self._insert(runs).from_select(list(runs.c.keys()), nothing))
+
+    def tunings(self, keys: Sequence[str]) -> dict[str, "Sequence[Tried]"]:
+        """What those of the tunings tried that are recorded, by key."""
+        return {key: self._tried(key, text) for key, text in self._texts(tunings.c.key, tunings.c.tried, keys)}
+
+    def put_tuning(self, key: str, task: str, tried: "Sequence[Tried]") -> None:
+        """Record what a tuning tried; of equal keys the newest stands."""
+        row = {"key": key, "task": task, "tried": json.dumps(tried), "recorded": _now()}
+        self._write(self._insert(tunings).values(row).on_conflict_do_update(index_elements=[tunings.c.key], set_=row))
 
     def count(self) -> int:
         """How many runs are recorded."""
-        with self._guarded(), self.engine.connect() as connection:
-            return int(connection.scalar(sa.select(sa.func.count()).select_from(runs)) or 0)
+        query = sa.select(sa.func.count()).select_from(runs)
+        return self.database.transact(lambda connection: int(connection.scalar(query) or 0))
 
     def list(self, *, task: str | None = None, ended: str | None = None, limit: int | None = None) -> list[Stored]:
         """Recorded runs, the newest first."""
-        query = sa.select(runs).order_by(runs.c.recorded.desc(), runs.c.key).limit(limit)
+        columns = (
+            runs.c[name] for name in ("key", "task", "version", "choices", "seed", "split", "recorded", "outcome")
+        )
+        query = sa.select(*columns).order_by(runs.c.recorded.desc(), runs.c.key).limit(limit)
         if task is not None:
             query = query.where(runs.c.task == task)
         if ended is not None:
             query = query.where(runs.c.ended == ended)
-        with self._guarded(), self.engine.connect() as connection:
-            rows = connection.execute(query).mappings().all()
+        rows = self.database.transact(lambda connection: connection.execute(query).all())
         return [
             Stored(
-                row["key"],
-                row["task"],
-                row["version"],
-                self._choices(row["key"], row["choices"]),
-                row["seed"],
-                row["split"],
-                row["recorded"],
-                self._outcome(row["key"], row["outcome"]),
+                self._intact(row.key, row.key, str),
+                self._intact(row.key, row.task, str),
+                self._intact(row.key, row.version, int),
+                self._choices(row.key, row.choices),
+                self._intact(row.key, row.seed, int),
+                self._intact(row.key, row.split, str),
+                self._intact(row.key, row.recorded, str),
+                self._outcome(row.key, row.outcome),
             )
             for row in rows
         ]
 
+    def _texts(self, key: sa.Column[str], text: sa.Column[str], wanted: Sequence[str]) -> Sequence[tuple[str, str]]:
+        if not wanted:
+            return []
+
+        def read(connection: sa.Connection) -> Sequence[tuple[str, str]]:
+            found = []
+            for start in range(0, len(wanted), AT_ONCE):
+                asked = sa.select(key, text).where(key.in_(wanted[start : start + AT_ONCE]))
+                found += [(row[0], row[1]) for row in connection.execute(asked)]
+            return found
+
+        return self.database.transact(read)
+
+    def _insert(self, table: sa.Table) -> Any:
+        return {"sqlite": sqlite.insert, "postgresql": postgresql.insert}[self.database.engine.dialect.name](table)
+
+    def _write(self, statement: sa.Insert) -> None:
+        self.database.transact(lambda connection: connection.execute(statement))
+
+    def _intact(self, key: str, value: T, kind: type[T]) -> T:
+        """SQLite keeps whatever it is given, in any column."""
+        if not isinstance(value, kind):
+            raise self._damaged(f"run {key}", f"{value!r} is no {kind.__name__}")
+        return value
+
     def _choices(self, key: str, text: str) -> dict[str, Any]:
         try:
-            return dict(json.loads(text))
-        except (ValueError, TypeError) as error:
-            raise self._damaged(key, error) from error
+            read = json.loads(text)
+            return {slot: {"name": choice["name"], "params": dict(choice["params"])} for slot, choice in read.items()}
+        except UNREADABLE as error:
+            raise self._damaged(f"run {key}", error) from error
 
     def _outcome(self, key: str, text: str) -> Outcome:
         try:
             fields = json.loads(text)
             fields["costs"] = Costs(**fields["costs"])
             fields["curve"] = [(int(step), float(value)) for step, value in fields["curve"]]
-            return Outcome(**fields)
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise self._damaged(key, error) from error
+            outcome = Outcome(**fields)
+            _check(outcome)
+        except UNREADABLE as error:
+            raise self._damaged(f"run {key}", error) from error
+        return outcome
 
-    def _damaged(self, key: str, error: Exception) -> StoreError:
-        return StoreError(f"the store {self.location} is damaged: run {key} cannot be read ({error})")
-
-
-def _url(location: str) -> sa.URL:
-    try:
-        if "://" in location:
-            return sa.make_url(location)
-        return sa.URL.create("sqlite", database=str(Path(location).expanduser()))
-    except (ArgumentError, ValueError, RuntimeError) as error:
-        raise StoreError(f"the store named is no usable path or database URL: {error}") from error
-
-
-def _prepare_file(path: Path) -> None:
-    _refuse_foreign_file(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise StoreError(f"the folder of the store {path} cannot be made: {error.strerror}") from error
-
-
-def _prepare_sqlite(connection: sqlite3.Connection, _: object) -> None:
-    until = time.monotonic() + PATIENCE
-    while True:
+    def _tried(self, key: str, text: str) -> "Sequence[Tried]":
         try:
-            connection.execute("PRAGMA journal_mode=WAL")
-            break
-        except sqlite3.OperationalError as error:  # unlike all else, the switch to WAL does not wait for its turn
-            if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > until:
-                raise
-            time.sleep(0.01)
-    connection.execute("PRAGMA synchronous=NORMAL")
+            return [
+                (dict(params), None if stopped is None else int(stopped), float(value))
+                for params, stopped, value in json.loads(text)
+            ]
+        except UNREADABLE as error:
+            raise self._damaged(f"tuning {key}", error) from error
+
+    def _damaged(self, what: str, why: object) -> StoreError:
+        return StoreError(f"the store {self.location} is damaged: {what} cannot be read ({why})")
 
 
-def _other_version(location: str | Path, version: str) -> StoreError:
-    return StoreError(
-        f"the store {location} has schema version {version}, this fairtrial reads version {SCHEMA_VERSION}: "
-        "use another store (--store) or the fairtrial that wrote it"
-    )
+def _check(outcome: Outcome) -> None:
+    """Refuse what no run comes to."""
+    known = [cost for cost in vars(outcome.costs).values() if cost is not None]
+    for number in (outcome.value, outcome.seconds, *outcome.metrics.values(), *known):
+        math.isfinite(number)  # a text or a list is a TypeError
+    if not math.isfinite(outcome.value):
+        raise ValueError(f"the value {outcome.value} is not finite")
+    if outcome.ended not in get_args(Ended) or not isinstance(outcome.error, str | None):
+        raise ValueError(f"it ended {outcome.ended!r} with {outcome.error!r}")
 
 
-def _refuse_foreign_file(path: Path) -> None:
-    """Look at an existing file without changing it: another program's database is left untouched."""
-    try:
-        if path.is_dir():
-            raise StoreError(f"the store {path} is a folder; name a file")
-        if not path.exists() or path.stat().st_size == 0:
-            return
-        if not os.access(path, os.W_OK):
-            raise StoreError(f"the store {path} is read-only")
-        with path.open("rb") as file:  # SQLite takes any file of a few bytes for an empty database, and overwrites it
-            if len(start := file.read(512)) < 512 or not start.startswith(b"SQLite format 3\0"):
-                raise StoreError(f"the store {path} is damaged or no database: it does not begin like one")
-        connection = sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)
-    except (OSError, sqlite3.Error) as error:
-        raise StoreError(f"the store {path} cannot be opened: {error}") from error
-    try:
-        tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
-        if not {"fairtrial", "runs"} <= tables:
-            if tables:
-                raise StoreError(f"{path} is a database, but no store of fairtrial")
-            return
-        found = connection.execute("SELECT value FROM fairtrial WHERE key = 'schema'").fetchone()
-        if found and found[0] != str(SCHEMA_VERSION):
-            raise _other_version(path, found[0])
-    except sqlite3.Error as error:
-        raise StoreError(f"the store {path} is damaged or no database: {error}") from error
-    finally:
-        connection.close()
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 @cache

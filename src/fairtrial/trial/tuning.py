@@ -4,19 +4,22 @@ Optuna's TPE proposes, its median pruner stops hopeless runs. Configurations are
 reported in order, so the proposals depend neither on the executor nor on which run happens to end first.
 """
 
+import hashlib
 import inspect
 import json
 import zlib
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
+from importlib.metadata import version
 from typing import Any, Literal
 
 import optuna
 from optuna.trial import TrialState, create_trial
 
 from fairtrial.contract import Outcome, Task
-from fairtrial.trial.execute import Job
+from fairtrial.trial.execute import Job, Pruner
+from fairtrial.trial.fingerprint import fingerprint
 from fairtrial.trial.recipe import Recipe, Run
 
 WAVE = 4  # configurations under way at once; also how many are drawn at random, and run to the end, at first
@@ -54,6 +57,20 @@ class MedianPruner:
 
 
 @dataclass(frozen=True)
+class Stop:
+    """Stops a run where a pruner has stopped it before: after so many points of its curve, or never."""
+
+    after: int | None
+
+    def hopeless(self, curve: Sequence[tuple[int, float]]) -> bool:
+        return self.after is not None and len(curve) >= self.after
+
+
+# A configuration; after how many points of its curve its run was pruned, if it was; and what it measured.
+Tried = tuple[Mapping[str, Any], int | None, float]
+
+
+@dataclass(frozen=True)
 class Tuned:
     """What tuning a recipe came to.
 
@@ -69,6 +86,14 @@ class Tuned:
     history: Sequence[tuple[Mapping[str, Any], Outcome]] = field(default=(), repr=False)
     value: float | None = None
 
+    @property
+    def tried(self) -> list[Tried]:
+        """The history as far as another tuning could be the same as this one by it; see `tune`."""
+        return [
+            (params, len(outcome.curve) if outcome.ended == "pruned" else None, outcome.value)
+            for params, outcome in self.history
+        ]
+
 
 def search_space(task: Task, recipe: Recipe) -> dict[str, Any]:
     """Ranges of the hyperparameters that the recipe leaves open, by 'slot.hyperparameter'."""
@@ -80,15 +105,41 @@ def search_space(task: Task, recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def tune(task: Task, recipe: Recipe, trials: int, seed: int) -> Generator[list[Job], list[Outcome], Tuned]:
+def tuning_key(task: Task, recipe: Recipe, trials: int, seed: int, code: str) -> str:
+    """What identifies a tuning in a store: equal keys mean that the same would be tried. `code` is the runs' own."""
+    space = {name: repr(ranges) for name, ranges in search_space(task, recipe).items()}
+    asked = [task.name, task.version, task.metric.direction, recipe.as_json(), space, trials, seed]
+    content = [*asked, code, *_tuner()]
+    return hashlib.sha256(json.dumps(content, sort_keys=True, allow_nan=False).encode()).hexdigest()[:32]
+
+
+@cache
+def _tuner() -> tuple[str, str]:
+    """What proposals and prunings depend on beside a tuning's own setting and the runs."""
+    return fingerprint([__name__]), version("optuna")
+
+
+def tune(
+    task: Task, recipe: Recipe, trials: int, seed: int, known: Sequence[Tried] | None = None
+) -> Generator[list[Job], list[Outcome], Tuned]:
     """Yields waves of jobs, is sent their outcomes, and returns the best configuration on validation data.
 
     The first configuration is the methods' own defaults. Ties go to the configuration tried first. If no run came
     through, the defaults stand.
+
+    To find out again what to try takes far longer than to read the runs of it. With `known`, what this tuning tried
+    before, it is tried again in a single wave, and looked for anew only if something else comes of it.
     """
     space = search_space(task, recipe)
     if not space:
         return Tuned(recipe, {})
+    if known is not None:
+        outcomes = yield [_job(recipe, params, seed, Stop(stopped)) for params, stopped, _ in known]
+        again = _judged(
+            task, recipe, [(params, outcome) for (params, *_), outcome in zip(known, outcomes, strict=True)]
+        )
+        if again.tried == known:
+            return again
     metric = task.metric
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     # Recipes with the same search space are proposed the same configurations, as far as their results agree.
@@ -98,7 +149,7 @@ def tune(task: Task, recipe: Recipe, trials: int, seed: int) -> Generator[list[J
         sampler=optuna.samplers.TPESampler(seed=sampler_seed, n_startup_trials=WAVE),
     )
     study.enqueue_trial(_defaults(task, recipe, space))
-    history: list[tuple[dict[str, Any], Outcome]] = []
+    history: list[tuple[Mapping[str, Any], Outcome]] = []
     while len(history) < trials:
         asked, jobs = [], []
         pruner = MedianPruner(
@@ -109,7 +160,7 @@ def tune(task: Task, recipe: Recipe, trials: int, seed: int) -> Generator[list[J
             trial = study.ask()
             params = {key: ranges.suggest(trial, key) for key, ranges in space.items()}
             asked.append((trial, params))
-            jobs.append(Job(Run(recipe.with_params(_by_slot(params)), seed, "validation"), pruner))
+            jobs.append(_job(recipe, params, seed, pruner))
         outcomes = yield jobs
         for (trial, params), outcome in zip(asked, outcomes, strict=True):
             for step, value in outcome.curve:
@@ -119,10 +170,18 @@ def tune(task: Task, recipe: Recipe, trials: int, seed: int) -> Generator[list[J
             else:
                 study.tell(trial, outcome.value)
             history.append((params, outcome))
+    return _judged(task, recipe, history)
+
+
+def _job(recipe: Recipe, params: Mapping[str, Any], seed: int, pruner: Pruner) -> Job:
+    return Job(Run(recipe.with_params(_by_slot(params)), seed, "validation"), pruner)
+
+
+def _judged(task: Task, recipe: Recipe, history: Sequence[tuple[Mapping[str, Any], Outcome]]) -> Tuned:
     finished = [(params, outcome.value) for params, outcome in history if outcome.ended == "finished"]
     if not finished:
         return Tuned(recipe, {}, history)
-    best, value = max(finished, key=lambda tried: metric.sign * tried[1])
+    best, value = max(finished, key=lambda tried: task.metric.sign * tried[1])
     return Tuned(recipe, _by_slot(best), history, value)
 
 
