@@ -1,14 +1,20 @@
 import hashlib
 import json
+import math
 import os
 import sqlite3
 import threading
+from dataclasses import asdict
+from typing import get_args
 
 import children
 import pytest
 import sqlalchemy as sa
+from hypothesis import given
+from hypothesis import strategies as st
+from tests.fuzzing import fuzz
 
-from fairtrial.contract import BadInput, Costs, Outcome
+from fairtrial.contract import BadInput, Costs, Ended, Outcome
 from fairtrial.trial.store import SCHEMA_VERSION, Store, StoreError, default_store, environment
 
 
@@ -289,3 +295,81 @@ def test_a_run_is_recorded_with_what_its_figures_depend_on(store):
         recorded = json.loads(connection.exec_driver_sql("SELECT environment FROM runs").scalar())
     assert recorded == environment()
     assert {"python", "torch", "numpy", "optuna", "fairtrial"} <= recorded.keys()
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=5,
+)
+outcome_fields = st.sampled_from([*vars(FULL), "costs.step_time", "costs.peak_memory", "curve.0", "metrics.loss"])
+
+
+@pytest.fixture(scope="module")
+def damaged(tmp_path_factory):
+    """A store with one run, and another program's hand on its row."""
+    path = tmp_path_factory.mktemp("damaged") / "runs.db"
+    with Store(path) as store:
+        key = children.put(store, 0, FULL)
+        connection = sqlite3.connect(path)
+        yield store, key, connection
+        connection.close()
+
+
+@fuzz(200)
+@given(outcome_fields, json_values | st.just(...))
+def test_a_damaged_outcome_is_refused_or_as_it_says(damaged, field, value):
+    store, key, connection = damaged
+    fields = json.loads(json.dumps(asdict(FULL)))
+    *way, last = field.split(".")
+    at = fields[way[0]] if way else fields
+    last = int(last) if last.isdigit() else last
+    if value is ...:
+        del at[last]
+    else:
+        at[last] = value
+    with connection:
+        connection.execute("UPDATE runs SET outcome = ?", [json.dumps(fields)])
+    try:
+        read = store.get(key)
+        (listed,) = store.list()
+    except StoreError as error:
+        refusal = str(error)
+    else:
+        refusal = None
+    if refusal is not None:
+        assert f"run {key} cannot be read" in refusal
+        assert "\n" not in refusal
+        return
+    assert listed.outcome == read
+    assert math.isfinite(read.value)
+    assert read.ended in get_args(Ended)
+    assert all(isinstance(step, int) and isinstance(value, float) for step, value in read.curve)
+    assert all(cost is None or isinstance(cost, int | float) for cost in vars(read.costs).values())
+    assert all(isinstance(value, int | float) for value in read.metrics.values())
+    json.dumps(asdict(read))
+
+
+@fuzz(200)
+@given(
+    st.sampled_from(["choices", "outcome", "seed", "version", "recorded", "split"]),
+    st.text() | st.integers() | st.binary(),
+)
+def test_a_damaged_row_is_refused_or_read(damaged, column, value):
+    store, key, connection = damaged
+    with connection:
+        row = connection.execute(f"SELECT {column} FROM runs").fetchone()[0]
+        try:
+            connection.execute(f"UPDATE runs SET {column} = ?", [value])
+        except (OverflowError, UnicodeEncodeError):  # a number or a text that SQLite has no room for
+            return
+    refusal = "cannot be read"
+    try:
+        store.list()
+        store.get(key)
+    except StoreError as error:
+        refusal = str(error)
+    finally:
+        with connection:
+            connection.execute(f"UPDATE runs SET {column} = ?", [row])
+    assert "cannot be read" in refusal
