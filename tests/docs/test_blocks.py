@@ -20,6 +20,7 @@ ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 SMALLEST = {"--trials": "1", "--seeds": "2", "--executor": "inline"}
 NOT_RUN = ("make ", "python -m pip ", "python -m venv ", "fairtrial calibrate ", "fairtrial check ", "tensorboard ")
+ELSEWHERE = ("--executor ray", "postgresql://")  # their own tests start a cluster and a server
 
 
 @dataclass(frozen=True)
@@ -75,9 +76,11 @@ def test_every_block_works(page, tmp_path, monkeypatch, capfd):
 
 
 def test_only_a_few_commands_are_not_run():
-    left_out = [(page, block) for page in PAGES for block in blocks(page) if block.not_run]
-    assert left_out
-    for page, block in left_out:
+    marked = [(page, block) for page in PAGES for block in blocks(page) if block.not_run]
+    assert marked
+    for page, block in marked:
         assert block.language == "bash", f"{page}, line {block.line}"
         for words in commands(block):
-            assert " ".join([*words, ""]).startswith(NOT_RUN), f"{page}, line {block.line}: {' '.join(words)}"
+            command = " ".join([*words, ""])
+            left_out = command.startswith(NOT_RUN) or any(part in command for part in ELSEWHERE)
+            assert left_out, f"{page}, line {block.line}: {command}"
