@@ -30,10 +30,15 @@ from torch import Tensor, nn
 from fairtrial.methods.arguments import require
 from fairtrial.methods.losses.binary import check_logits
 from fairtrial.methods.losses.classification import at_least_float32, check_scores
-from fairtrial.methods.registry import Categorical, LogUniform, method
+from fairtrial.methods.registry import Categorical, LogUniform, Space, method
 
 ConfusionMetric = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 METRICS = ("f1", "fbeta", "accuracy", "gmean", "balanced_accuracy", "mcc", "precision", "recall")
+SEARCH: dict[str, Space] = {
+    "metric": Categorical(["f1", "balanced_accuracy", "gmean"]),
+    "amplification": LogUniform(3.0, 100.0),
+}
+
 Counts = Float[Tensor, "*classes"]
 
 
@@ -62,14 +67,7 @@ def confusion_metric(
             return sensitivity
 
 
-@method(
-    paper="anyloss",
-    slot="loss",
-    search={
-        "metric": Categorical(["f1", "balanced_accuracy", "gmean"]),
-        "amplification": LogUniform(3.0, 100.0),
-    },
-)
+@method(paper="anyloss", slot="loss", search=SEARCH)
 class AnyLoss(nn.Module):
     """1 - a metric of the soft confusion matrix, of logits (n,) and targets in {0, 1} (n,).
 
