@@ -9,10 +9,14 @@ from fairtrial.tasks import user
 _shipped = {
     "digits": "digits",
     "digits-cnn": "digits",
+    "digits-longtail": "digits_longtail",
+    "digits-noisy": "digits_noisy",
+    "digits-noisy-pairs": "digits_noisy",
     "mnist1d": "mnist1d",
     "tabular": "tabular",
     "tabular-wine": "tabular",
     "tabular-diabetes": "tabular",
+    "tabular-screening": "screening",
     "text": "text",
 }
 

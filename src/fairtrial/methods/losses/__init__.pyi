@@ -1,3 +1,14 @@
+from .anyloss import AnyLoss as AnyLoss
+from .comp_sum import CompSumLoss as CompSumLoss
+from .comp_sum import SmoothAdversarialCompSumLoss as SmoothAdversarialCompSumLoss
+from .comp_sum import TRADESLoss as TRADESLoss
+from .comp_sum import comp_sum_bound as comp_sum_bound
+from .comp_sum import comp_sum_loss as comp_sum_loss
+from .comp_sum import comp_sum_transform as comp_sum_transform
+from .comp_sum import margin_comp_sum_loss as margin_comp_sum_loss
+from .ensloss import EnsLoss as EnsLoss
+from .ensloss import EnsLossScheduler as EnsLossScheduler
+from .ensloss import MarginLoss as MarginLoss
 from .ldr import ALDRLoss as ALDRLoss
 from .ldr import CSLoss as CSLoss
 from .ldr import LDRLoss as LDRLoss
