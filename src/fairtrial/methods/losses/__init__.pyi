@@ -1,3 +1,9 @@
+from .dexml import DecoupledSoftmaxLoss as DecoupledSoftmaxLoss
+from .dexml import MultiLabelInfoNCELoss as MultiLabelInfoNCELoss
+from .dexml import SoftTopKLoss as SoftTopKLoss
+from .dexml import log_soft_topk as log_soft_topk
+from .dexml import sample_positives as sample_positives
+from .dexml import soft_topk as soft_topk
 from .ldr import ALDRLoss as ALDRLoss
 from .ldr import CSLoss as CSLoss
 from .ldr import LDRLoss as LDRLoss
