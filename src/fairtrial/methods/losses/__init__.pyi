@@ -4,6 +4,11 @@ from .dexml import SoftTopKLoss as SoftTopKLoss
 from .dexml import log_soft_topk as log_soft_topk
 from .dexml import sample_positives as sample_positives
 from .dexml import soft_topk as soft_topk
+from .direct_coverage import DirectCoverageLoss as DirectCoverageLoss
+from .direct_coverage import coverage_factor as coverage_factor
+from .direct_coverage import optimal_pass_at_n_policy as optimal_pass_at_n_policy
+from .direct_coverage import pass_at_n as pass_at_n
+from .direct_coverage import sequence_log_probability as sequence_log_probability
 from .ldr import ALDRLoss as ALDRLoss
 from .ldr import CSLoss as CSLoss
 from .ldr import LDRLoss as LDRLoss

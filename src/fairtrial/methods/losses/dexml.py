@@ -235,7 +235,8 @@ def _logits(x: Float[Tensor, "n l"], k: int | Int[Tensor, " n"], alpha: float) -
     else:
         require(1 <= k < x.shape[1], "k", k, f"within 1..{x.shape[1] - 1}")
     scores = at_least_float32(x)
-    return alpha * (scores + _Threshold.apply(scores, k, alpha))
+    t: Tensor = _Threshold.apply(scores, k, alpha)
+    return alpha * (scores + t)
 
 
 class _Threshold(torch.autograd.Function):
