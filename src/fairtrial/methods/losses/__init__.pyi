@@ -4,6 +4,15 @@ from .dexml import SoftTopKLoss as SoftTopKLoss
 from .dexml import log_soft_topk as log_soft_topk
 from .dexml import sample_positives as sample_positives
 from .dexml import soft_topk as soft_topk
+from .dice_loss import BinaryDiceLoss as BinaryDiceLoss
+from .dice_loss import BinarySelfAdjustingDiceLoss as BinarySelfAdjustingDiceLoss
+from .dice_loss import BinarySquaredDiceLoss as BinarySquaredDiceLoss
+from .dice_loss import BinaryTverskyLoss as BinaryTverskyLoss
+from .dice_loss import DiceLoss as DiceLoss
+from .dice_loss import SelfAdjustingDiceLoss as SelfAdjustingDiceLoss
+from .dice_loss import SquaredDiceLoss as SquaredDiceLoss
+from .dice_loss import TverskyLoss as TverskyLoss
+from .dice_loss import mixed_dice_loss as mixed_dice_loss
 from .direct_coverage import DirectCoverageLoss as DirectCoverageLoss
 from .direct_coverage import coverage_factor as coverage_factor
 from .direct_coverage import optimal_pass_at_n_policy as optimal_pass_at_n_policy
