@@ -14,6 +14,9 @@ _shipped = {
     "tabular-wine": "tabular",
     "tabular-diabetes": "tabular",
     "text": "text",
+    "docs-tags": "docs_tags",
+    "docs-tokens": "docs_tokens",
+    "arithmetic": "arithmetic",
 }
 
 
