@@ -18,6 +18,9 @@ _shipped = {
     "tabular-diabetes": "tabular",
     "tabular-screening": "screening",
     "text": "text",
+    "docs-tags": "docs_tags",
+    "docs-tokens": "docs_tokens",
+    "arithmetic": "arithmetic",
 }
 
 
