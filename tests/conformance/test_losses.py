@@ -18,7 +18,12 @@ from .kinds import KINDS, SETTING, generator, takes_index
 
 LOSSES = [entry for entry in index() if entry.slot.endswith("loss") and entry.slot != "regression_loss"]
 NOT_COMPILED: dict[str, str] = {}  # name of a loss that torch.compile cannot take whole, and why
-OF_FIXED_CLASSES: set[str] = set()  # losses with weights or memories of their own, in which classes are not alike
+OF_FIXED_CLASSES: set[str] = {"AMCL"}  # losses with weights or memories of their own, in which classes are not alike
+# name of a loss through part of which no gradient goes, and how its own tests hold the rest against finite differences
+NOT_DIFFERENTIATED = {
+    "DCLWLoss": "weights are constants",
+    "GroupOrderingLoss": "gradient reaches the anchor only",
+}
 
 pytestmark = pytest.mark.parametrize("entry", LOSSES, ids=[entry.name for entry in LOSSES])
 
@@ -85,6 +90,8 @@ def test_the_reductions_agree_and_mean_is_the_default(entry):
 
 
 def test_first_and_second_derivatives(entry):
+    if entry.name in NOT_DIFFERENTIATED:
+        pytest.skip(NOT_DIFFERENTIATED[entry.name])
     kind = KINDS[entry.slot]
     arguments = list(kind.batch(max(3, kind.fewest)))
 
