@@ -22,6 +22,7 @@ import math
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from fairtrial.methods.arguments import require
 from fairtrial.methods.losses.classification import at_least_float32, check_reduction, reduce
@@ -57,8 +58,9 @@ def hardest(s: Float[Tensor, "n m"], top_fraction: float) -> Float[Tensor, "n k"
 
 
 def infonce(s: Float[Tensor, "n m"], temperature: float) -> Float[Tensor, " n"]:
-    """InfoNCE of each row, its positive in column 0."""
-    return -(s / temperature).log_softmax(1)[:, 0]
+    """InfoNCE of each row, its positive in column 0; as a softplus it keeps its precision where it is small."""
+    logits = s / temperature
+    return F.softplus(logits[:, 1:].logsumexp(1) - logits[:, 0])
 
 
 def simple(s: Float[Tensor, "n m"], weight: float | None) -> Float[Tensor, " n"]:

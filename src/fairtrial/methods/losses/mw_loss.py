@@ -179,7 +179,8 @@ class InBatchContrastiveLoss(nn.Module):
         return self._reduced(logits.gather(1, first)).to(scores.dtype)
 
     def _reduced(self, scores: Float[Tensor, "b n"]) -> Float[Tensor, "..."]:
-        return reduce(-(scores / self.temperature).log_softmax(1)[:, 0], self.reduction)
+        logits = scores / self.temperature
+        return reduce(F.softplus(logits[:, 1:].logsumexp(1) - logits[:, 0]), self.reduction)
 
     def extra_repr(self) -> str:
         return f"temperature={self.temperature}, reduction={self.reduction!r}"
