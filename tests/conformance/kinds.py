@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 N, CLASSES, DIM, LABELS = 6, 5, 4, 7
-SETTING = SimpleNamespace(num_samples=N, num_classes=CLASSES, embedding_dim=DIM, total_steps=100, steps_per_epoch=10)
+SETTING = SimpleNamespace(
+    num_samples=N, num_classes=CLASSES, embedding_dim=DIM, total_steps=100, steps_per_epoch=10, generator=None
+)
 
 
 def generator(seed: int) -> torch.Generator:
