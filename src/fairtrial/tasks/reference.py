@@ -9,6 +9,7 @@ from fairtrial.tasks import user
 _shipped = {
     "digits": "digits",
     "digits-cnn": "digits",
+    "digits-retrieval": "digits_retrieval",
     "mnist1d": "mnist1d",
     "tabular": "tabular",
     "tabular-wine": "tabular",
