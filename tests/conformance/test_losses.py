@@ -19,6 +19,7 @@ from .kinds import KINDS, SETTING, generator, takes_index
 LOSSES = [entry for entry in index() if entry.slot.endswith("loss") and entry.slot != "regression_loss"]
 NOT_COMPILED = {  # losses that torch.compile cannot take whole, and why
     "EnsLoss": "torch.compile does not trace the generator that it draws from",
+    "MetricMix": "its λ come from SciPy",
 }
 OF_FIXED_CLASSES = {"AMCL"}  # losses with weights or memories of their own, in which classes are not alike
 # losses through part of which no gradient goes; their own tests hold the rest against finite differences

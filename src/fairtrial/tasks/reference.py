@@ -12,6 +12,7 @@ _shipped = {
     "digits-longtail": "digits_longtail",
     "digits-noisy": "digits_noisy",
     "digits-noisy-pairs": "digits_noisy",
+    "digits-retrieval": "digits_retrieval",
     "mnist1d": "mnist1d",
     "tabular": "tabular",
     "tabular-wine": "tabular",
