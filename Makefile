@@ -14,7 +14,7 @@ test: $(VENV)/.installed-dev lint
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
 
 fuzz: $(VENV)/.installed-dev
-	OMP_NUM_THREADS=1 FUZZ_EXAMPLES=$(or $(EXAMPLES),100000) $(BIN)/pytest -n 2 -m fuzz
+	OMP_NUM_THREADS=1 FUZZ_EXAMPLES=$(or $(EXAMPLES),10000) $(BIN)/pytest -n 2 -m fuzz
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
