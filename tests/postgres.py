@@ -64,7 +64,13 @@ class Server:
             raise RuntimeError(done.stdout.decode())
 
     def start(self) -> None:
+        if self.running:
+            return
         self._run("pg_ctl", "start", "--wait", f"--log={self.folder / 'log'}", f"--options=-p {self.port}")
+
+    @property
+    def running(self) -> bool:
+        return (self.data / "postmaster.pid").exists()
 
     def stop(self, how: str = "fast") -> None:
         """As an administrator does; `how="immediate"` is as if it had crashed."""

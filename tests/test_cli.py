@@ -2,8 +2,10 @@
 
 import json
 import os
+import sqlite3
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -291,6 +293,41 @@ def test_a_store_of_another_version_is_left_untouched(run, tiny, tmp_path):
     assert code == 2
     assert "schema version 99" in err
     assert path.read_bytes() == before
+
+
+def test_an_older_store_is_refused_with_the_command_that_upgrades_it(run, tiny, tmp_path):
+    path = tmp_path / "old store.db"
+    run("compare", tiny(), "part=Plain,Loud", "--store", path, *QUICK)
+    with closing(sqlite3.connect(path)) as connection, connection:  # as the first version made it
+        connection.executescript("DROP TABLE tunings; UPDATE fairtrial SET value = '1' WHERE key = 'schema'")
+    code, out, err = run("runs", "--store", path)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert f"schema version 1, this fairtrial reads version 2: fairtrial upgrade-store --store '{path}'" in err
+    code, out, _ = run("upgrade-store", "--store", path)
+    assert (code, out) == (0, f"The store {path} had schema version 1 and has version 2 now.\n")
+    code, out, _ = run("upgrade-store", "--store", path)
+    assert (code, out) == (0, f"The store {path} has schema version 2 already: there is nothing to do.\n")
+    code, out, _ = run("upgrade-store", "--store", path, "--json")
+    assert json.loads(out) == {"store": str(path), "had": 2, "has": 2}
+    code, out, _ = run("runs", "--store", path, "--json")
+    assert len(json.loads(out)) == 4
+    code, _, err = run("upgrade-store", "--store", tmp_path / "none.db")
+    assert (code, err) == (2, f"fairtrial: no store at {tmp_path / 'none.db'}: nothing has been run yet\n")
+
+
+def test_runs_are_kept_in_postgresql_and_the_doctor_says_so(run, tiny, postgres):
+    url = postgres.new_database()
+    code, _, err = run("compare", tiny(), "part=Plain,Loud", "--store", url, *QUICK)
+    assert code == 0, err
+    code, out, _ = run("runs", "--store", url)
+    assert code == 0
+    heading, *lines = out.splitlines()
+    assert heading.split() == ["recorded", "task", "seed", "split", "ended", "value", "seconds", "choices"]
+    assert sorted(line.split()[3] for line in lines) == ["0", "0", "1", "1"]
+    code, out, _ = run("doctor", "--store", url, "--json")
+    assert code == 0
+    (found,) = [item["found"] for item in json.loads(out) if item["what"] == "store"]
+    assert found == f"{url.replace(postgres.password, '***')}, schema version 2, 4 runs"
 
 
 @pytest.mark.skipif(os.name != "posix", reason="sends SIGINT")

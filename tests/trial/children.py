@@ -4,16 +4,19 @@ import json
 import multiprocessing
 import os
 import resource
+import signal
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
+import sqlalchemy as sa
 import toy
 
 from fairtrial.contract import Choice, Outcome
 from fairtrial.trial.comparison import compare
 from fairtrial.trial.execute import Inline, Job, Local
+from fairtrial.trial.migrations import upgrade
 from fairtrial.trial.recipe import Recipe, Run
 from fairtrial.trial.store import Store, StoreError
 
@@ -66,6 +69,17 @@ def write_runs(location: str, go: str, first: int, count: int) -> None:
             put(store, seed)
 
 
+def read_until(stop: str, location: str) -> None:
+    """Reads all the while; what has been there once must stay there."""
+    seen: set[str] = set()
+    with Store(location) as store:
+        while not Path(stop).exists():
+            listed = {stored.key for stored in store.list()}
+            assert seen <= listed
+            assert len(listed) <= store.count()
+            seen = listed
+
+
 def write_until_full(location: str, limit: int, told: str) -> None:
     """Files may grow no further than `limit` bytes: as on a full disk."""
     with Store(location) as store:
@@ -84,6 +98,22 @@ def compare_into(location: str, answer: str, reference: str, wanted: dict[str, s
     with Store(location) as store, Inline(toy.load) as executor:
         found = compare(toy.load, reference, wanted, executor=executor, store=store, trials=trials, seeds=seeds)
         Path(answer).write_text(json.dumps(found.as_json()))
+
+
+def upgrade_and_die(location: str, moment: str) -> None:
+    """Is killed just before a statement that begins like this, or before the transaction is committed."""
+
+    def die(*_: Any) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def look(connection: Any, cursor: Any, statement: str, *_: Any) -> None:
+        if statement.strip().startswith(moment):
+            die()
+
+    sa.event.listen(sa.Engine, "before_cursor_execute", look)
+    if moment == "COMMIT":
+        sa.event.listen(sa.Engine, "commit", die)
+    upgrade(location)
 
 
 def keep_workers_busy(told: str, workers: int, started: bool) -> None:

@@ -15,7 +15,9 @@ from hypothesis import strategies as st
 from tests.fuzzing import fuzz
 
 from fairtrial.contract import BadInput, Costs, Ended, Outcome
-from fairtrial.trial.store import SCHEMA_VERSION, Store, StoreError, default_store, environment
+from fairtrial.trial.database import StoreError
+from fairtrial.trial.schema import SCHEMA_VERSION
+from fairtrial.trial.store import AT_ONCE, Store, default_store, environment
 
 
 def digest(path):
@@ -53,13 +55,21 @@ FULL = Outcome(
 
 
 @pytest.mark.parametrize("outcome", [FULL, Outcome(0.0), Outcome(-1e308, "died", error="killed")])
-def test_what_is_recorded_is_read_back_equal(store, outcome):
-    key = children.put(store, 3, outcome)
-    assert store.get(key) == Outcome(**{**vars(outcome), "curve": list(outcome.curve)})
-    (stored,) = store.list()
+def test_what_is_recorded_is_read_back_equal(either, outcome):
+    key = children.put(either, 3, outcome)
+    assert either.get(key) == Outcome(**{**vars(outcome), "curve": list(outcome.curve)})
+    (stored,) = either.list()
     assert (stored.key, stored.task, stored.version, stored.seed, stored.split) == (key, "toy", 1, 3, "test")
     assert stored.choices == children.job("raise").run.recipe.as_json()
-    assert stored.outcome == store.get(key)
+    assert stored.outcome == either.get(key)
+
+
+def test_any_number_of_outcomes_is_read_at_once(either):
+    keys = [children.put(either, seed) for seed in range(3)]
+    unknown = [f"{number:032x}" for number in range(3 * AT_ONCE)]
+    found = either.outcomes([*unknown[:2000], *keys, *unknown[2000:]])
+    assert {key: outcome.value for key, outcome in found.items()} == dict(zip(keys, [0.0, 0.1, 0.2], strict=True))
+    assert either.outcomes([]) == {}
 
 
 def test_what_is_recorded_is_there_when_the_store_is_opened_again(written):
@@ -68,18 +78,37 @@ def test_what_is_recorded_is_there_when_the_store_is_opened_again(written):
         assert store.get(children.put(store, 7)).value == 0.7
 
 
-def test_an_unknown_run_is_none(store):
-    assert store.get("0" * 32) is None
+def test_an_unknown_run_is_none(either):
+    assert either.get("0" * 32) is None
 
 
-def test_of_equal_keys_the_newest_stands(store):
-    children.put(store, 1, Outcome(0.1, "pruned"))
-    key = children.put(store, 1, Outcome(0.2))
-    assert store.get(key) == Outcome(0.2, curve=[])
-    assert store.count() == 1
+def test_a_run_that_was_pruned_gives_way_and_any_other_stands(either):
+    children.put(either, 1, Outcome(0.05, "pruned"))
+    key = children.put(either, 1, Outcome(0.1, "pruned"))
+    assert either.get(key) == Outcome(0.1, "pruned", curve=[])
+    for later in (Outcome(0.2), Outcome(0.3), Outcome(0.1, "pruned")):
+        children.put(either, 1, later)
+        assert either.get(key) == Outcome(0.2, curve=[])
+    assert either.count() == 1
 
 
-def test_listing_filters_by_task_and_end_and_gives_the_newest_first(store):
+def test_what_tunings_tried_is_read_back_and_the_newest_stands(either):
+    tried = [({"optimizer.lr": 0.1 + 0.2, "filter.kind": "soft", "filter.width": 3}, 2, 1e-300), ({}, None, -2.0)]
+    either.put_tuning("a", "toy", [])
+    either.put_tuning("a", "toy", tried)
+    either.put_tuning("b", "toy", [])
+    assert either.tunings(["a", "b", "c"]) == {"a": tried, "b": []}
+    assert either.count() == 0
+
+
+def test_to_look_whether_a_store_can_be_written_leaves_no_trace(either):
+    children.put(either, 1)
+    either.check_writable()
+    assert either.count() == 1
+
+
+def test_listing_filters_by_task_and_end_and_gives_the_newest_first(either):
+    store = either
     for seed in range(3):
         children.put(store, seed, Outcome(0.0, "died"))
     for seed in range(3, 5):
@@ -182,7 +211,27 @@ def test_a_damaged_outcome_names_the_run(written, text):
             store.list()
 
 
-@pytest.mark.parametrize("text", ["", "{", "3"])
+@pytest.mark.parametrize("change_to", [{"value": "high"}, {"ended": "well"}, {"error": 3}, {"seconds": None}])
+def test_an_outcome_that_no_run_has_is_damaged(written, change_to):
+    with Store(written) as store:
+        content = json.dumps({**json.loads(json.dumps(asdict(store.list()[0].outcome))), **change_to})
+        change(written, f"UPDATE runs SET outcome = '{content}'")
+        with pytest.raises(StoreError, match="is damaged: run"):
+            store.list()
+
+
+@pytest.mark.parametrize("text", ["", "{", "3", "[[]]", '[["a", null, 1]]', '[[{}, "x", 1]]', "[[{}, 1]]"])
+def test_a_damaged_tuning_is_named(written, text):
+    with Store(written) as store:
+        store.put_tuning("abc", "toy", [])
+        change(written, f"UPDATE tunings SET tried = '{text}'")
+        with pytest.raises(StoreError, match="is damaged: tuning abc cannot be read"):
+            store.tunings(["abc"])
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "3", '{"a": 1}', '{"a": {"name": "A"}}', '{"a": {"name": "A", "params": 1}}']
+)
 def test_damaged_choices_name_the_run(written, text):
     change(written, f"UPDATE runs SET choices = '{text}'")
     with Store(written) as store, pytest.raises(StoreError, match="is damaged: run"):
@@ -227,6 +276,8 @@ def test_a_database_that_may_only_be_read_is_read_and_says_so_when_written(writt
     with Store(f"sqlite:///file:{written}?mode=ro&uri=true") as store:
         assert store.count() == 20
         with pytest.raises(StoreError, match="cannot be used: attempt to write a readonly database"):
+            store.check_writable()
+        with pytest.raises(StoreError, match="a readonly database; the run that has just ended is not recorded"):
             children.put(store, 1)
     assert digest(written) == before
 
@@ -252,13 +303,16 @@ def test_a_full_disk_is_reported_and_loses_no_run_that_was_recorded(tmp_path):
         assert store.count() == written
 
 
-def test_processes_that_open_and_write_a_new_store_at_once_lose_nothing(tmp_path):
-    location, go = str(tmp_path / "runs.db"), tmp_path / "go"
+def test_processes_that_open_write_and_read_a_new_store_at_once_lose_nothing(location, tmp_path):
+    go, stop = tmp_path / "go", tmp_path / "stop"
     writers = [children.start(children.write_runs, location, str(go), 30 * k, 40) for k in range(4)]
+    reader = children.start(children.read_until, str(stop), location)
     go.touch()
     for writer in writers:
         writer.join(children.PATIENCE)
-    assert [writer.exitcode for writer in writers] == [0] * 4
+    stop.touch()
+    reader.join(children.PATIENCE)
+    assert [process.exitcode for process in (*writers, reader)] == [0] * 5
     with Store(location) as store:
         assert {stored.seed for stored in store.list()} == set(range(130))  # each overlaps the next by ten
 

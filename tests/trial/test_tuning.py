@@ -1,5 +1,9 @@
+import json
 import pickle
 import random
+import shutil
+import sqlite3
+from contextlib import closing
 
 import children
 import optuna
@@ -13,7 +17,7 @@ from fairtrial.trial.comparison import FIRST_TUNING_SEED, compare
 from fairtrial.trial.execute import Inline, Job, carry_out
 from fairtrial.trial.recipe import Recipe, Run
 from fairtrial.trial.store import Store
-from fairtrial.trial.tuning import WAVE, MedianPruner, search_space, tune
+from fairtrial.trial.tuning import WAVE, MedianPruner, search_space, tune, tuning_key
 
 SEED = FIRST_TUNING_SEED
 
@@ -128,6 +132,55 @@ def test_a_default_outside_the_searched_range_does_not_break_tuning():
     assert first["momentum"] == 0.5
 
 
+def known_again(found, task="toy", answer=None):
+    """Tune again with what is known; the tuning, and the number of jobs in each wave."""
+    made = toy.load(task)
+    known = [tuple(tried) for tried in json.loads(json.dumps(found.tried))]  # as from a store
+    again, waves = drive(
+        tune(made, found.recipe, len(found.history), SEED, known), answer or (lambda job: carry_out(made, job))
+    )
+    return again, [len(wave) for wave in waves]
+
+
+@pytest.mark.parametrize("asked", [recipe(), recipe("Planted", "Blurred"), recipe("BrokenTuned", how="prune")])
+def test_what_a_tuning_tried_is_tried_again_in_one_wave_and_comes_to_the_same(asked):
+    found, _ = tuned(asked, 16)
+    assert "pruned" in {outcome.ended for _, outcome in found.history}
+    again, waves = known_again(found)
+    assert waves == [16]
+    assert again.tried == found.tried
+    assert [list(outcome.curve) for _, outcome in again.history] == [list(o.curve) for _, o in found.history]
+    assert (again.params, again.value) == (found.params, found.value)
+
+
+def test_a_tuning_is_looked_for_anew_when_its_runs_come_to_something_else():
+    found, _ = tuned(recipe(), 9, answer=lambda job: Outcome(0.0, "died"))
+    again, waves = known_again(found)
+    assert waves == [9, 4, 4, 1]
+    assert again.tried == tuned(recipe(), 9)[0].tried
+
+
+def test_what_a_tuning_tried_is_known_by_all_that_it_depends_on():
+    def key(task="toy", trials=8, seed=SEED, code="f", **params):
+        return tuning_key(toy.load(task), recipe(**params), trials, seed, code)
+
+    others = [
+        key("toy minimize"),
+        key("toy version=2"),
+        key(trials=9),
+        key(seed=SEED + 1),
+        key(code="g"),
+        key(lr=0.1),
+        key(method="Twin"),
+    ]
+    assert key() == key()
+    assert len({key(), *others}) == 1 + len(others)
+    made = toy.load("toy")
+    searched = {"lr": toy.Uniform(0.5, 0.9), "momentum": toy.Uniform(0.0, 0.9)}
+    made.slots["optimizer"].options.__dict__["methods"] = (toy.Method("Plain", "optimizer", toy.Plain, searched),)
+    assert tuning_key(made, recipe(), 8, SEED, "f") != key()
+
+
 def test_proposals_differ_by_seed_but_not_by_repetition_or_name():
     def proposals(asked, seed):
         found, _ = drive(tune(toy.load("toy"), asked, 6, seed), lambda job: Outcome(0.5))
@@ -179,6 +232,43 @@ def test_some_runs_are_pruned_and_none_of_the_first_wave(reference):
 
 def test_stored_runs_are_replayed_as_if_just_run(reference):
     assert history(reference[1]) == reference[0]
+
+
+def tunings_in(location):
+    with closing(sqlite3.connect(location)) as connection:
+        return connection.execute("SELECT * FROM tunings ORDER BY key").fetchall()
+
+
+def test_what_tunings_tried_is_stored_and_a_replay_neither_asks_nor_changes_it(reference):
+    stored = tunings_in(reference[1])
+    assert len(stored) == 2
+    assert history(reference[1]) == reference[0]
+    assert tunings_in(reference[1]) == stored
+
+
+def test_runs_that_somebody_took_out_of_a_store_are_run_again_and_come_to_the_same(reference, tmp_path):
+    location = shutil.copy(reference[1], tmp_path)
+    with closing(sqlite3.connect(location)) as connection, connection:
+        connection.execute("DELETE FROM runs WHERE ended = 'pruned' OR seed = 0 OR value > 0.5")
+    with Store(location) as store:
+        left = store.count()
+    assert history(location) == reference[0]
+    with Store(location) as store:
+        assert store.count() > left
+
+
+class Losing(Inline):
+    """Every second job takes its worker along, time and again."""
+
+    def next(self):
+        job, outcome = super().next()
+        return job, Outcome(0.0, "lost") if len(self.waiting) % 2 else outcome
+
+
+def test_a_tuning_with_a_lost_run_is_not_remembered(tmp_path):
+    location = tmp_path / "runs.db"
+    assert all("lost" in {ended for _, ended, _, _ in one} for one in history(location, Losing))
+    assert tunings_in(location) == []
 
 
 def test_a_run_stored_to_its_end_is_stopped_where_the_pruner_would_have_stopped_it(reference, tmp_path):
