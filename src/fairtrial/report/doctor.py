@@ -10,7 +10,7 @@ from fairtrial.catalog import CatalogError, Catalogue
 from fairtrial.trial.store import Store, StoreError, default_store
 
 NEEDED = ("torch", "numpy", "scipy", "scikit-learn", "optuna", "sqlalchemy")
-EXTRAS = {"transformers": "llm"}
+EXTRAS = {"transformers": "llm", "ray": "ray"}
 
 
 @dataclass(frozen=True)
