@@ -217,6 +217,9 @@ def test_doctor_reports(run):
         (["compare", "digits", "optimizer=SGD", "--trials", "-3"], "trials must be"),
         (["compare", "digits", "optimizer=SGD", "--workers", "0"], "workers must be"),
         (["compare", "digits", "optimizer=SGD", "--executor", "cloud"], "executor"),
+        (["compare", "digits", "optimizer=SGD", "--cpus-per-run", "2"], "need --executor ray"),
+        (["compare", "digits", "optimizer=SGD", "--executor", "ray", "--gpus-per-run", "-1"], "GPUs per run must be"),
+        (["report", "digits", "optimizer=SGD", "--executor", "ray", "--ray-address", "localhost:1"], "no Ray cluster"),
         (["compare", "digits", "loss=AdamW"], "no method 'AdamW' for the slot 'loss'"),
         (["compare", "absent.py", "optimizer=SGD"], "absent.py"),
         (["show", "zloss2"], "z_loss"),
@@ -271,6 +274,22 @@ def test_a_tasks_nan_counts_as_the_worst_value(run, tiny):
     assert code == 0
     assert [recipe["failed"] for recipe in json.loads(out)["recipes"]] == [2, 2]
     assert json.loads(out)["recipes"][0]["values"] == [-9.0, -9.0]
+
+
+def test_an_executor_whose_extra_is_missing_names_it(run, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    for module in ("ray_executor", "ray_cluster"):
+        monkeypatch.delitem(sys.modules, f"fairtrial.trial.{module}", raising=False)
+    code, out, err = run("compare", "digits", "optimizer=SGD", "--executor", "ray")
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert "pip install 'fairtrial[ray]'" in err
+
+
+def test_the_environment_may_name_the_cluster_to_join(run, tiny, monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", "localhost:1")
+    code, _, err = run("compare", tiny(), "part=Plain,Loud", "--executor", "ray")
+    assert code == 2
+    assert err.splitlines()[-1].startswith("fairtrial: there is no Ray cluster at localhost:1: ")
 
 
 def test_debug_shows_the_traceback(run):

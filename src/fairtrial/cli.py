@@ -176,8 +176,18 @@ UntilDecided = Annotated[
 TuneOnce = Annotated[
     bool, typer.Option("--tune-once", help="Tune once for all seeds: cheap, but judges configurations, not methods.")
 ]
-ExecutorOption = Annotated[str, typer.Option("--executor", help="inline: in this process; local: worker processes.")]
-Workers = Annotated[int | None, typer.Option(help="Worker processes; one for each CPU unless given.")]
+ExecutorOption = Annotated[
+    str, typer.Option("--executor", help="inline: in this process; local: worker processes; ray: a Ray cluster.")
+]
+Workers = Annotated[int | None, typer.Option(help="Most runs at once; unless given, one for each CPU.")]
+RayAddress = Annotated[
+    str | None,
+    typer.Option(
+        metavar="HOST:PORT", help="Ray cluster to join, or auto; else RAY_ADDRESS, or a cluster started for this."
+    ),
+]
+CpusPerRun = Annotated[float | None, typer.Option(help="CPUs that Ray keeps for each run; 1 unless given.")]
+GpusPerRun = Annotated[float | None, typer.Option(help="GPUs that Ray keeps for each run; 0 unless given.")]
 
 
 @app.command()
@@ -190,6 +200,9 @@ def compare(
     tune_once: TuneOnce = False,
     executor: ExecutorOption = "local",
     workers: Workers = None,
+    ray_address: RayAddress = None,
+    cpus_per_run: CpusPerRun = None,
+    gpus_per_run: GpusPerRun = None,
     store: StoreOption = None,
     log: Annotated[str | None, typer.Option(help="Also write every run for tensorboard, mlflow or wandb.")] = None,
     log_folder: Annotated[str, typer.Option(help="Where --log writes to.")] = "fairtrial-logs",
@@ -200,7 +213,8 @@ def compare(
         from fairtrial.report.logs import check_log
 
         check_log(log, log_folder)
-    comparison = _compared(task, choices, trials, seeds, until_decided, tune_once, executor, workers, store)
+    carrying = _executor(executor, workers, ray_address, cpus_per_run, gpus_per_run)
+    comparison = _compared(task, choices, trials, seeds, until_decided, tune_once, carrying, store)
     if log is not None:
         from fairtrial.report import logs
 
@@ -226,6 +240,9 @@ def report(
     tune_once: TuneOnce = False,
     executor: ExecutorOption = "local",
     workers: Workers = None,
+    ray_address: RayAddress = None,
+    cpus_per_run: CpusPerRun = None,
+    gpus_per_run: GpusPerRun = None,
     store: StoreOption = None,
 ) -> None:
     """Explain a comparison in one file; what has been run already is taken from the store."""
@@ -238,7 +255,8 @@ def report(
         raise BadInput(f"no format {form!r}; there is: {', '.join(FORMATS)}")
     if output is not None:
         check_output(output)
-    comparison = _compared(task, choices, trials, seeds, until_decided, tune_once, executor, workers, store)
+    carrying = _executor(executor, workers, ray_address, cpus_per_run, gpus_per_run)
+    comparison = _compared(task, choices, trials, seeds, until_decided, tune_once, carrying, store)
     text = as_text(comparison, origin(comparison, shipped.load), form)
     if output is None:
         sys.stdout.write(text)
@@ -254,8 +272,7 @@ def _compared(
     seeds: int,
     until_decided: bool,
     tune_once: bool,
-    executor: str,
-    workers: int | None,
+    executor: "Executor",
     store: str | None,
 ) -> "Comparison":
     from fairtrial import tasks as shipped
@@ -271,17 +288,17 @@ def _compared(
             raise BadInput(f"the slot {slot.strip()!r} is named twice; write its methods in one list")
         wanted[slot.strip()] = methods
     with (
-        _executor(executor, workers) as carrying,
+        redirect_stdout(sys.stderr),  # a person's task may print; the result stands alone on stdout
+        executor,
         Store(store or default_store()) as kept,
         _progress() as progress,
-        redirect_stdout(sys.stderr),  # a person's task may print; the result stands alone on stdout
     ):
         try:
             return compare_recipes(
                 shipped.load,
                 task,
                 wanted,
-                executor=carrying,
+                executor=executor,
                 store=kept,
                 trials=trials,
                 seeds=seeds,
@@ -307,6 +324,9 @@ def calibrate(
     trials: Annotated[int, typer.Option(help="Tuning runs before each run; without, it has the defaults.")] = 0,
     executor: ExecutorOption = "local",
     workers: Workers = None,
+    ray_address: RayAddress = None,
+    cpus_per_run: CpusPerRun = None,
+    gpus_per_run: GpusPerRun = None,
     store: StoreOption = None,
     record: Annotated[bool, typer.Option("--record", help="Keep the figures with fairtrial.")] = False,
     as_json: Json = False,
@@ -323,10 +343,10 @@ def calibrate(
     if record:
         check_output(recorded.place(task, trials))
     with (
-        _executor(executor, workers) as carrying,
+        redirect_stdout(sys.stderr),
+        _executor(executor, workers, ray_address, cpus_per_run, gpus_per_run) as carrying,
         Store(store or default_store()) as kept,
         _progress() as progress,
-        redirect_stdout(sys.stderr),
     ):
         try:
             calibration = calibrate_bench(
@@ -353,19 +373,42 @@ def calibrate(
     _console().print(calibration_tables(calibration))
 
 
-def _executor(name: str, workers: int | None) -> "Executor":
+def _executor(
+    name: str, workers: int | None, ray_address: str | None, cpus_per_run: float | None, gpus_per_run: float | None
+) -> "Executor":
     from fairtrial import tasks as shipped
     from fairtrial.trial.execute import Inline, Local
 
     if workers is not None and workers < 1:
         raise BadInput(f"--workers must be at least 1, got {workers}")
+    if name == "ray":
+        return _on_ray(workers, ray_address, cpus_per_run, gpus_per_run)
+    if (ray_address, cpus_per_run, gpus_per_run) != (None, None, None):
+        raise BadInput("--ray-address, --cpus-per-run and --gpus-per-run need --executor ray")
     if name == "local":
         return Local(shipped.load, workers or os.cpu_count() or 1)
     if name != "inline":
-        raise BadInput(f"no executor {name!r}; there is: inline, local")
+        raise BadInput(f"no executor {name!r}; there is: inline, local, ray")
     if workers not in (None, 1):
         raise BadInput(f"--workers {workers} needs --executor local; inline has one")
     return Inline(shipped.load)
+
+
+def _on_ray(workers: int | None, address: str | None, cpus: float | None, gpus: float | None) -> "Executor":
+    from fairtrial import tasks as shipped
+
+    try:
+        from fairtrial.trial.ray_executor import Ray
+    except ImportError as error:
+        raise BadInput(f"--executor ray needs an extra: pip install 'fairtrial[ray]' ({error})") from None
+    address = address or os.environ.get("RAY_ADDRESS") or None
+    return Ray(
+        shipped.load,
+        address=address,
+        workers=workers,
+        cpus=1 if cpus is None else cpus,
+        gpus=0 if gpus is None else gpus,
+    )
 
 
 @app.command()

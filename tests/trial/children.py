@@ -12,12 +12,12 @@ from typing import Any
 
 import sqlalchemy as sa
 import toy
+from jobs import job
 
-from fairtrial.contract import Choice, Outcome
+from fairtrial.contract import Outcome
 from fairtrial.trial.comparison import compare
-from fairtrial.trial.execute import Inline, Job, Local
+from fairtrial.trial.execute import Inline, Local
 from fairtrial.trial.migrations import upgrade
-from fairtrial.trial.recipe import Recipe, Run
 from fairtrial.trial.store import Store, StoreError
 
 context = multiprocessing.get_context("forkserver")
@@ -47,11 +47,6 @@ def lives(pid: int) -> bool:
     except (FileNotFoundError, ProcessLookupError):
         return False
     return state not in "ZX"
-
-
-def job(how: str, seed: int = 0, split: Any = "test", task: str = "toy", **params: Any) -> Job:
-    choices = {"optimizer": Choice("Broken", {"how": how, **params}), "filter": Choice("Clean")}
-    return Job(Run(Recipe(task, choices), seed, split))
 
 
 def put(store: Store, seed: int, outcome: Outcome | None = None, task: str = "toy") -> str:
@@ -114,6 +109,15 @@ def upgrade_and_die(location: str, moment: str) -> None:
     if moment == "COMMIT":
         sa.event.listen(sa.Engine, "commit", die)
     upgrade(location)
+
+
+def compare_on_ray(
+    location: str, address: str, reference: str, wanted: dict[str, str], trials: int, seeds: int
+) -> None:
+    from fairtrial.trial.ray_executor import Ray
+
+    with Store(location) as store, Ray(toy.load, address=address, workers=2, cpus=0.5) as executor:
+        compare(toy.load, reference, wanted, executor=executor, store=store, trials=trials, seeds=seeds)
 
 
 def keep_workers_busy(told: str, workers: int, started: bool) -> None:

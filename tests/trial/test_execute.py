@@ -7,39 +7,16 @@ from typing import get_args
 import children
 import pytest
 import toy
-from children import job
+from jobs import WRONG, apart_from_times, job, outcomes, sound
 
-from fairtrial.contract import BadInput, Choice, Costs, Ended, Outcome
-from fairtrial.trial.execute import ATTEMPTS, Inline, Job, Local, carry_out
-from fairtrial.trial.recipe import Recipe, Run
-
-
-def outcomes(executor, jobs):
-    """What comes of the jobs, in their order."""
-    for each in jobs:
-        executor.submit(each)
-    ended = dict(executor.next() for _ in jobs)
-    return [ended[each] for each in jobs]
-
-
-def apart_from_times(outcome):
-    """Tracebacks name the same lines, but those of a worker begin further out."""
-    last = outcome.error and outcome.error.strip().splitlines()[-1]
-    return replace(outcome, seconds=0.0, curve=list(outcome.curve), error=last)
+from fairtrial.contract import BadInput, Costs, Ended, Outcome
+from fairtrial.trial.execute import ATTEMPTS, Inline, Local, carry_out
 
 
 @pytest.fixture(scope="module")
 def local():
     with Local(toy.load, 2) as executor:
         yield executor
-
-
-def sound(seed, lr=0.1):
-    choices = {"optimizer": Choice("Plain", {"lr": lr}), "filter": Choice("Blurred", {"width": 2})}
-    return Job(Run(Recipe("toy", choices), seed, "test"))
-
-
-WRONG = ["diverge", "raise", "exit", "prune", "nan", "nan on the way", "said to diverge", "numpy", "number", "text"]
 
 
 def test_worker_processes_and_this_process_come_to_the_same_outcomes(local):
@@ -176,7 +153,7 @@ def test_a_run_that_always_takes_its_worker_along_is_lost_and_its_neighbours_are
     printing = job("print", where="worker")
     with Local(toy.load, 1) as executor:
         lost, printed = outcomes(executor, [job("kill"), printing])
-        assert executor.attempts == {}
+        assert executor.attempts.cost == {}
     assert (lost.ended, lost.value) == ("lost", 0.0)
     assert lost.error == f"its worker process ended by signal 9, {ATTEMPTS} times"
     assert printed.ended == "finished"

@@ -1,4 +1,4 @@
-"""Carrying runs out: here (`inline`), or in worker processes on this machine (`local`).
+"""Carrying runs out: here (`inline`), or in worker processes on this machine (`local`); on others see `ray_executor`.
 
 Executors differ in nothing that a result shows: one torch thread, the same code, the same seeds.
 """
@@ -157,6 +157,26 @@ class Inline:
         return job, carry_out(self.load(job.run.recipe.task), job)
 
 
+class Attempts:
+    """How many workers each job has cost."""
+
+    def __init__(self, load: Loader) -> None:
+        self.load = load
+        self.cost: dict[Job, int] = {}
+
+    def lost(self, job: Job, how: str) -> Outcome | None:
+        """A job's worker has vanished: what the job comes to if it is not to be tried again."""
+        tried = self.cost[job] = self.cost.get(job, 0) + 1
+        if tried < ATTEMPTS:
+            return None
+        del self.cost[job]
+        worst = self.load(job.run.recipe.task).metric.worst
+        return Outcome(worst, "lost", error=f"{how}, {ATTEMPTS} times")
+
+    def ended(self, job: Job) -> None:
+        self.cost.pop(job, None)
+
+
 class Worker:
     """A process that carries out one job at a time."""
 
@@ -193,7 +213,7 @@ class Local:
         self.size = workers
         self.workers: list[Worker] = []
         self.waiting: deque[Job] = deque()
-        self.attempts: dict[Job, int] = {}
+        self.attempts = Attempts(load)
 
     def __enter__(self) -> "Local":
         return self
@@ -237,7 +257,7 @@ class Local:
                         return job, lost
                     continue
                 worker.job = None
-                self.attempts.pop(job, None)
+                self.attempts.ended(job)
                 self._hand_out()
                 return job, outcome
 
@@ -249,14 +269,11 @@ class Local:
         worker.stop()
         job = worker.job
         assert job is not None
-        tried = self.attempts[job] = self.attempts.get(job, 0) + 1
-        if tried < ATTEMPTS:
-            self.waiting.appendleft(job)
-            return None
-        del self.attempts[job]
         how = f"by signal {-code}" if code is not None and code < 0 else f"with exit code {code}"
-        worst = self.load(job.run.recipe.task).metric.worst
-        return Outcome(worst, "lost", error=f"its worker process ended {how}, {ATTEMPTS} times")
+        lost = self.attempts.lost(job, f"its worker process ended {how}")
+        if lost is None:
+            self.waiting.appendleft(job)
+        return lost
 
 
 @contextlib.contextmanager
