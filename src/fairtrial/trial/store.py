@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from functools import cache, partial
+from textwrap import shorten
 from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
 import sqlalchemy as sa
@@ -210,7 +211,7 @@ class Store:
             raise self._damaged(f"tuning {key}", error) from error
 
     def _damaged(self, what: str, why: object) -> StoreError:
-        return StoreError(f"the store {self.location} is damaged: {what} cannot be read ({why})")
+        return StoreError(f"the store {self.location} is damaged: {what} cannot be read ({shorten(str(why), 200)})")
 
 
 def _check(outcome: Outcome) -> None:
