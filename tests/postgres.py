@@ -77,7 +77,8 @@ class Server:
         self._run("pg_ctl", "stop", "--wait", f"--mode={how}")
 
     def remove(self) -> None:
-        self.stop("immediate")
+        if self.running:
+            self.stop("immediate")
         shutil.rmtree(self.folder)
 
     def url(self, database: str, user: str = "postgres", password: str | None = None) -> str:

@@ -424,16 +424,19 @@ class _Conduct:
                 going = [flow for flow in asked if None not in waves[flow]]
 
         drive(list(range(len(flows))))
-        while origin:
-            job, outcome = self.executor.next()
-            flow, place = origin.pop(job)
-            if outcome.ended != "lost":
-                code = self._code(job.run.recipe)
-                self.store.put(self._key(job.run), job.run, self.task.name, self.task.version, code, outcome)
-            self._count(outcome)
-            waves[flow][place] = outcome
-            if None not in waves[flow]:
-                drive([flow])
+        try:
+            while origin:
+                job, outcome = self.executor.next()
+                flow, place = origin.pop(job)
+                if outcome.ended != "lost":
+                    code = self._code(job.run.recipe)
+                    self.store.put(self._key(job.run), job.run, self.task.name, self.task.version, code, outcome)
+                self._count(outcome)
+                waves[flow][place] = outcome
+                if None not in waves[flow]:
+                    drive([flow])
+        except StoreError as error:
+            raise StoreError(f"{error}; the runs recorded before are kept, those under way are not") from error
         return results
 
     def _submit(self, job: Job) -> None:

@@ -107,12 +107,9 @@ class Store:
         }
         insert = self._insert(runs).values(row)
         later = {name: insert.excluded[name] for name in row}
-        try:
-            self._write(
-                insert.on_conflict_do_update(index_elements=[runs.c.key], set_=later, where=runs.c.ended == "pruned")
-            )
-        except StoreError as error:
-            raise StoreError(f"{error}; the run that has just ended is not recorded, those before it are") from error
+        self._write(
+            insert.on_conflict_do_update(index_elements=[runs.c.key], set_=later, where=runs.c.ended == "pruned")
+        )
 
     def check_writable(self) -> None:
         """Refuse a store that can only be read, before anything is run in vain."""

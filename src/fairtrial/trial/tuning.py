@@ -88,7 +88,7 @@ class Tuned:
 
     @property
     def tried(self) -> list[Tried]:
-        """The history as far as another tuning could be the same as this one by it; see `tune`."""
+        """What `tune` takes as `known` to come to the same again."""
         return [
             (params, len(outcome.curve) if outcome.ended == "pruned" else None, outcome.value)
             for params, outcome in self.history
