@@ -5,10 +5,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from jaxtyping import Int
-from torch import Tensor
+from jaxtyping import Float, Int
+from torch import Tensor, nn
 
-from fairtrial.contract import Choice, Slot
+from fairtrial.contract import Choice, Diverged, Slot
 from fairtrial.methods.arguments import require
 from fairtrial.methods.registry import Method
 from fairtrial.tasks import standard
@@ -57,6 +57,19 @@ class BalancedSampler(torch.utils.data.Sampler[int]):
 
     def __len__(self) -> int:
         return self.batches * self.drawn * self.per_class
+
+
+class Finite(nn.Module):
+    """The embeddings as they are. Losses refuse others than finite ones; a run that comes to these has diverged.
+
+    Raises:
+        Diverged: the embeddings are no longer finite.
+    """
+
+    def forward(self, input: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
+        if not input.isfinite().all():
+            raise Diverged("the embeddings are no longer finite")
+        return input
 
 
 BALANCED_SAMPLER = Method(
@@ -118,7 +131,10 @@ class RetrievalTask(SupervisedTask):
     slots: Mapping[str, Slot] = field(default_factory=lambda: retrieval_slots(32))
 
     def _divide(self, streams: Streams) -> Division:
-        """The training classes are numbered from 0, for losses that have a weight for each."""
-        division = super()._divide(streams)
-        _, labels = torch.unique(division.training.y, return_inverse=True)
-        return division._replace(training=division.training._replace(y=labels))
+        return with_numbered_classes(super()._divide(streams))
+
+
+def with_numbered_classes(division: Division) -> Division:
+    """The training classes numbered from 0, for losses that have a weight for each."""
+    _, labels = torch.unique(division.training.y, return_inverse=True)
+    return division._replace(training=division.training._replace(y=labels))
