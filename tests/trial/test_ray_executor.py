@@ -17,7 +17,7 @@ from ray.cluster_utils import Cluster
 
 import fairtrial
 from fairtrial.contract import BadInput, Choice
-from fairtrial.trial import ray_cluster
+from fairtrial.trial import ray_cluster, ray_executor
 from fairtrial.trial.comparison import compare
 from fairtrial.trial.execute import ATTEMPTS, Inline, Job
 from fairtrial.trial.ray_executor import Bench, Ray, differences, makings
@@ -65,8 +65,22 @@ def test_workers_on_two_nodes_and_this_process_come_to_the_same_outcomes(there):
     assert there.running == 0
 
 
+def keep_busy(executor, workers):
+    """Submit jobs until so many workers carry one out at once, which take their time to start."""
+    jobs, ended = [], {}
+    while executor.running < workers:
+        jobs.append(sound(len(jobs), task="toy pause=0.5"))
+        executor.submit(jobs[-1])
+        if len(jobs) > workers:
+            ended.update([executor.next()])
+    return jobs, ended
+
+
 def test_outcomes_come_back_as_runs_end_and_what_runs_is_told(there):
-    slow, *quick = [sound(0, task="toy pause=2"), *(sound(seed) for seed in range(9))]
+    jobs, ended = keep_busy(there, 2)
+    for _ in range(len(jobs) - len(ended)):
+        there.next()
+    slow, *quick = [sound(0, task="toy pause=3"), *(sound(seed) for seed in range(9))]
     for each in (slow, *quick):
         there.submit(each)
     ended = [there.next()[0] for _ in quick]
@@ -114,12 +128,7 @@ def test_what_no_node_can_give_is_refused(cluster, asked, said):
 
 def test_runs_of_a_node_that_is_killed_are_tried_again(cluster, there):
     third = cluster.add_node(num_cpus=2)
-    jobs, ended = [], {}
-    while there.running < 3:  # the third node takes its time
-        jobs.append(sound(len(jobs), task="toy pause=0.5"))
-        there.submit(jobs[-1])
-        if len(jobs) > 3:
-            ended.update([there.next()])
+    jobs, ended = keep_busy(there, 3)
     cluster.remove_node(third, allow_graceful=False)
     ended.update(there.next() for _ in range(len(jobs) - len(ended)))
     assert [apart_from_times(ended[each]) for each in jobs] == inline([sound(seed) for seed in range(len(jobs))])
@@ -288,6 +297,16 @@ def test_a_node_with_other_code_or_none_is_refused(cluster, tmp_path):
         cluster.remove_node(node)
 
 
+def test_a_cluster_that_loses_its_only_node_with_room_is_given_some_time(cluster, monkeypatch):
+    monkeypatch.setattr(ray_executor, "PATIENCE", 1)
+    node = cluster.add_node(num_cpus=8)
+    with Ray(load, cpus=5) as executor:
+        executor.submit(sound(0))
+        cluster.remove_node(node)
+        with pytest.raises(BadInput, match="no node of the Ray cluster has 5 CPUs and 0 GPUs"):
+            executor.next()
+
+
 def test_what_differs_is_named():
     assert {"python", "torch", "numpy", "fairtrial", "the code of fairtrial"} <= set(makings())
     assert differences(makings(), makings()) == ""
@@ -359,11 +378,12 @@ def test_a_cluster_of_its_own_ends_with_the_command(project, tmp_path):
     command = [sys.executable, "-c", "from fairtrial.cli import main; main()", "compare", f"{project}/task.py:first"]
     command += ["part=Plain,Loud", "--store", store, "--executor", "ray", "--seeds", "500", "--json"]
     home = {**os.environ, "HOME": str(tmp_path), "PYTHONPATH": LIBRARY}
-    with subprocess.Popen(command, env=home, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, env=home, start_new_session=True, **pipes) as process:
         children.wait_for(lambda: process.poll() is not None or (store.exists() and recorded(store) > 3))
         session = f"_{process.pid}/"
         assert processes_of(session)
-        process.send_signal(signal.SIGINT)
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does it
         out, err = process.communicate(timeout=children.PATIENCE)
     assert (process.returncode, out) == (130, "")
     assert "goes on from there" in err.splitlines()[-1]

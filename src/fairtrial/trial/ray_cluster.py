@@ -12,7 +12,7 @@ import ray
 
 from fairtrial.contract import BadInput
 
-PATIENCE = 30  # seconds within which a cluster must answer
+PATIENCE = 60  # seconds within which a cluster must answer
 
 
 class Cluster:

@@ -2,7 +2,7 @@
 
 Workers are Ray actors, on whichever node has room for them. A worker must have the versions and the code that this
 process has: it says so before it is given anything, and again for the code of every recipe. A task from a person's own
-file is sent to it with the folder that it stands in.
+file is sent to it with the folder that it stands in. Figures agree bit for bit between nodes with processors of a kind.
 """
 
 import contextlib
@@ -189,6 +189,7 @@ class Ray:
             self.cluster = Cluster(self.address)
             if not self._room():
                 raise self._no_room()
+            self.possible = time.monotonic()
         self._code(job)
         self._parcel(job.run.recipe.task)
         self.waiting.append(job)
