@@ -13,6 +13,8 @@ _shipped = {
     "digits-noisy": "digits_noisy",
     "digits-noisy-pairs": "digits_noisy",
     "digits-retrieval": "digits_retrieval",
+    "digits-ssl": "digits_ssl",
+    "docs-retrieval": "docs_retrieval",
     "mnist1d": "mnist1d",
     "tabular": "tabular",
     "tabular-wine": "tabular",
