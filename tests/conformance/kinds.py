@@ -240,6 +240,51 @@ class Views(Kind):
         return [(2 * a, 0.5 * b), (a @ turn, b @ turn)]
 
 
+class Episodes(Kind):
+    """Support (ways, shots, d) and queries (ways, queries, d) of a few classes, row i of both being class i."""
+
+    scored = (0, 1)
+    smaller = ()
+    fewest = 2
+
+    def batch(self, n=N, dtype=torch.float64, seed=0):
+        embeddings = normal(n, 5, DIM, seed=seed) + normal(n, 1, DIM, seed=seed + 1)
+        return embeddings[:, :2].to(dtype), embeddings[:, 2:].to(dtype)
+
+    def extremes(self):
+        support, queries = self.batch()
+        far = 1e4 * torch.eye(DIM)[:, None]
+        return [
+            (far.expand(DIM, 2, DIM), (far + 1.0).expand(DIM, 3, DIM)),  # all of each class alike, and far from others
+            (30 * support, 30 * queries),
+            (1e-3 * support, 1e-3 * queries),
+            (support[:1, :1].expand_as(support), support[:1, :1].expand_as(queries)),  # all alike
+            (support[:, :1], queries),  # one shot
+            (support[:2], queries[:2]),
+        ]
+
+    def permuted(self, arguments, order):
+        support, queries = arguments
+        return support[order], queries[order]
+
+    def misuses(self):
+        support, queries = self.batch()
+        return [
+            ("support", (support[:1], queries[:1])),
+            ("support", (support[:, :0], queries)),
+            ("support", (support[0], queries)),
+            ("support", (support.long(), queries)),
+            ("support", (torch.full_like(support, float("nan")), queries)),
+            ("queries", (support, queries[:-1])),
+            ("queries", (support, queries[:, :, :-1])),
+        ]
+
+    def same(self, arguments, seed):
+        """The embeddings of each class in another order."""
+        support, queries = arguments
+        return [(support.flip(1), queries.roll(1, 1))]
+
+
 class BagMeans(Kind):
     smaller = (2,)
 
@@ -340,6 +385,7 @@ KINDS: dict[str, Kind] = {
     "multilabel_loss": LabelScores(),
     "embedding_loss": Embeddings(),
     "contrastive_loss": Views(),
+    "episode_loss": Episodes(),
     "bag_loss": BagMeans(),
     "segmentation_loss": Segmentations(),
     "sequence_loss": Sequences(),

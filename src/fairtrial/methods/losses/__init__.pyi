@@ -67,6 +67,11 @@ from .multi_similarity import pair_weights as pair_weights
 from .mw_loss import InBatchContrastiveLoss as InBatchContrastiveLoss
 from .mw_loss import MannWhitneyLoss as MannWhitneyLoss
 from .mw_loss import pooled_auc as pooled_auc
+from .susana import EpisodeLoss as EpisodeLoss
+from .susana import ICNNLoss as ICNNLoss
+from .susana import ProtoTripletLoss as ProtoTripletLoss
+from .susana import compute_prototypes as compute_prototypes
+from .susana import icnn_score as icnn_score
 from .unpg import UNPGLoss as UNPGLoss
 from .unpg import box_whisker_filter as box_whisker_filter
 from .unpg import negative_pair_similarities as negative_pair_similarities
