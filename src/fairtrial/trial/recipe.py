@@ -20,8 +20,13 @@ class Recipe:
 
     def with_params(self, params: Mapping[str, Mapping[str, Any]]) -> "Recipe":
         """The same recipe with further hyperparameters, by slot."""
-        choices = {slot: choice.with_params(params.get(slot, {})) for slot, choice in self.choices.items()}
-        return Recipe(self.task, choices)
+        return Recipe(
+            self.task,
+            {
+                slot: choice.with_params(params[slot]) if slot in params else choice
+                for slot, choice in self.choices.items()
+            },
+        )
 
     def as_json(self) -> dict[str, Any]:
         """Plain data, in a fixed order."""
