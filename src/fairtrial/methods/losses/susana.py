@@ -238,8 +238,15 @@ class ICNNLoss(nn.Module):
         targets: Float[Tensor, "m d"] | None = None,
         target_labels: Int[Tensor, " m"] | None = None,
     ) -> Float[Tensor, ""]:
-        options = {"k": self.k, "items_per_class": self.items_per_class, "reference": self.reference}
-        score = icnn_score(at_least_float32(embeddings), labels, targets, target_labels, **options)
+        score = icnn_score(
+            at_least_float32(embeddings),
+            labels,
+            targets,
+            target_labels,
+            k=self.k,
+            items_per_class=self.items_per_class,
+            reference=self.reference,
+        )
         return _negative_log(score).to(embeddings.dtype)
 
     def extra_repr(self) -> str:
