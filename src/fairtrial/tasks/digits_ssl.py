@@ -132,7 +132,7 @@ class Encoder(nn.Module):
             nn.MaxPool2d(2),
             nn.Flatten(),
         )
-        self.projector = nn.Sequential(nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, EMBEDDING))
+        self.projector: nn.Module = nn.Sequential(nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, EMBEDDING))
 
     def forward(self, x: Float[Tensor, "n ..."]) -> Float[Tensor, "n ..."]:
         if x.ndim == 2:
