@@ -128,11 +128,12 @@ def _standings(catalogue: Catalogue, paper: Paper) -> Counter[str]:
 
 
 def comparisons(methods: Sequence[Entry]) -> list[str]:
-    """Command lines; methods of one slot share one, on the first shipped task that takes them."""
+    """Command lines; methods of one slot share one, on the first shipped task that takes them and has another default."""
     found: dict[str, list[str]] = {}
     for entry in methods:
         slots = [(task.name, slot) for task in _tasks() for slot in task.slots.values()]
-        taking = [(task, slot) for task, slot in slots if entry.name in slot.options.names()]
+        others = [(task, slot) for task, slot in slots if entry.name != slot.default.name]
+        taking = [(task, slot) for task, slot in others if entry.name in slot.options.names()]
         for task, slot in taking[:1]:
             found.setdefault(f"fairtrial compare {task} {slot.name}={slot.default}", []).append(entry.name)
     return [",".join([start, *names]) for start, names in found.items()]
