@@ -128,7 +128,7 @@ def _standings(catalogue: Catalogue, paper: Paper) -> Counter[str]:
 
 
 def comparisons(methods: Sequence[Entry]) -> list[str]:
-    """Command lines; methods of one slot share one, on the first shipped task that takes them and has another default."""
+    """Command lines; methods of one slot share one, on the first task that takes them and has another default."""
     found: dict[str, list[str]] = {}
     for entry in methods:
         slots = [(task.name, slot) for task in _tasks() for slot in task.slots.values()]
