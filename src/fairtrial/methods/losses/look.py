@@ -24,10 +24,18 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel
 
 from fairtrial.methods.arguments import require
-from fairtrial.methods.losses.metric_learning import NOTHING, check_embeddings, check_labels, dot_products, unit
+from fairtrial.methods.losses.metric_learning import (
+    NOTHING,
+    check_embeddings,
+    check_labels,
+    dot_products,
+    log_sum_exp,
+    unit,
+)
 from fairtrial.methods.registry import Integer, LogUniform, method
 
 CLAMPED = 1e-8  # the p of an embedding without a neighbour of its class, with empty='clamp'
@@ -80,7 +88,7 @@ def nearest(similarity: Float[Tensor, "n m"], k: int, *, leave_one_out: bool) ->
 
 def vote(logits: Float[Tensor, "n k"], same: Bool[Tensor, "n k"]) -> Vote:
     """The vote of neighbours with weights softmax(logits); `same` marks those that have the embedding's label."""
-    log_p = logits.masked_fill(~same, NOTHING).logsumexp(1) - logits.logsumexp(1)
+    log_p = -F.softplus(log_sum_exp(logits, ~same) - log_sum_exp(logits, same))  # exact where p is close to 1, too
     empty = ~same.any(1)
     return Vote(log_p.exp(), log_p, empty)
 
