@@ -138,6 +138,30 @@ def test_a_loss_without_bounds_has_diverged() -> None:
         run(filled)
 
 
+class Refusing(nn.MSELoss):
+    """A loss that takes nothing but outputs below a bound, with weights of its own."""
+
+    def __init__(self, bound: float) -> None:
+        super().__init__()
+        self.bound, self.weights = bound, nn.Parameter(torch.ones(3))
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        if not input.abs().max() < self.bound:
+            raise ValueError(f"input must be below {self.bound}")
+        return super().forward(input, target)
+
+
+def test_outputs_that_a_loss_refuses_have_diverged_if_not_finite() -> None:
+    with pytest.raises(Diverged, match="outputs are no longer finite"):
+        run(parts(lambda params: torch.optim.SGD(params, lr=1e38), loss=Refusing(torch.inf)))
+    with pytest.raises(ValueError, match=r"below 0\.0"):
+        run(parts(loss=Refusing(0.0)))
+
+
+def test_what_a_loss_has_of_its_own_is_counted() -> None:
+    assert run(parts(loss=Refusing(torch.inf))).trainable_parameters == 4 + 3
+
+
 def test_it_says_when_steps_are_done() -> None:
     steps: list[int] = []
     run(parts(), after=steps.append)

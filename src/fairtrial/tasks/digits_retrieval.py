@@ -13,7 +13,7 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 from fairtrial.contract import Metric
-from fairtrial.tasks.retrieval import Finite, RetrievalTask
+from fairtrial.tasks.retrieval import RetrievalTask
 from fairtrial.tasks.retrieval_measures import map_at_r, recall_at_k
 from fairtrial.tasks.samples import Samples
 from fairtrial.tasks.streams import Streams
@@ -57,7 +57,6 @@ def encoder() -> nn.Module:
         nn.AdaptiveMaxPool2d(1),
         nn.Flatten(),
         nn.Linear(48, EMBEDDING),
-        Finite(),
     )
 
 

@@ -5,10 +5,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
-from torch import Tensor, nn
+from jaxtyping import Int
+from torch import Tensor
 
-from fairtrial.contract import Choice, Diverged, Slot
+from fairtrial.contract import Choice, Slot
 from fairtrial.methods.arguments import require
 from fairtrial.methods.registry import Method
 from fairtrial.tasks import standard
@@ -57,19 +57,6 @@ class BalancedSampler(torch.utils.data.Sampler[int]):
 
     def __len__(self) -> int:
         return self.batches * self.drawn * self.per_class
-
-
-class Finite(nn.Module):
-    """The embeddings as they are. Losses refuse others than finite ones; a run that comes to these has diverged.
-
-    Raises:
-        Diverged: the embeddings are no longer finite.
-    """
-
-    def forward(self, input: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
-        if not input.isfinite().all():
-            raise Diverged("the embeddings are no longer finite")
-        return input
 
 
 BALANCED_SAMPLER = Method(

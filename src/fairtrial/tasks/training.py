@@ -57,7 +57,7 @@ def train(
         after: called after every step with its number, from 1; not part of the step's time.
 
     Raises:
-        Diverged: the loss is no longer finite.
+        Diverged: the loss, or what it is asked for, is no longer finite.
     """
     model, optimizer, schedule = parts.model, parts.optimizer, parts.schedule
     criterion = criterion_of(parts)
@@ -66,9 +66,17 @@ def train(
     times = []
     peak_memory = None
 
+    def loss_of(output: Tensor) -> Tensor:
+        try:
+            return criterion(output, targets, index)
+        except ValueError as error:  # so losses refuse what is not finite
+            if not output.isfinite().all():
+                raise Diverged("the model's outputs are no longer finite") from error
+            raise
+
     def closure() -> Any:
         optimizer.zero_grad()
-        loss = criterion(model(inputs), targets, index)
+        loss = loss_of(model(inputs))
         loss.backward()  # type: ignore[no-untyped-call]
         return loss
 
@@ -100,7 +108,7 @@ def train(
         step_time=median(times[SETTLED:]) if steps > SETTLED else None,
         peak_memory=peak_memory,
         optimizer_state_bytes=optimizer_state_bytes(optimizer),
-        trainable_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        trainable_parameters=sum(p.numel() for p in weights_of(parts) if p.requires_grad),
     )
 
 
@@ -133,11 +141,19 @@ def criterion_of(parts: Parts) -> Callable[[Tensor, Any, Int[Tensor, " b"]], Ten
 
 def tensors_of(parts: Parts) -> list[Any]:
     """The tensors that live from step to step."""
-    modules = [part for part in (parts.model, parts.loss, parts.batch) if isinstance(part, nn.Module)]
-    weights = [p for module in modules for p in module.parameters()]
+    weights = weights_of(parts)
     return [
         weights,
         [p.grad for p in weights],
-        [buffer for module in modules for buffer in module.buffers()],
+        [buffer for module in modules_of(parts) for buffer in module.buffers()],
         parts.optimizer.state,
     ]
+
+
+def weights_of(parts: Parts) -> list[nn.Parameter]:
+    """The weights of the model, and those that a loss or a batch transform has of its own."""
+    return [p for module in modules_of(parts) for p in module.parameters()]
+
+
+def modules_of(parts: Parts) -> list[nn.Module]:
+    return [part for part in (parts.model, parts.loss, parts.batch) if isinstance(part, nn.Module)]

@@ -7,6 +7,7 @@ No normality, no equal variances; ties and heavy tails are allowed.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 import numpy as np
@@ -47,6 +48,7 @@ def characters(n: int, dimension: int) -> NDArray[np.int64]:
     return np.concatenate([free, np.resize(drawn, max(0, n - dimension))])[:n].astype(np.int64)
 
 
+@lru_cache(maxsize=2)  # 50 MB each at 100 differences
 def _balanced_subsets(n: int) -> NDArray[np.float64]:
     """Some subsets of a sample too large to enumerate them all, the empty one first and the whole sample last.
 
@@ -56,7 +58,9 @@ def _balanced_subsets(n: int) -> NDArray[np.float64]:
     """
     dimension = DRAWN.bit_length() - 1
     turned = np.bitwise_count(np.arange(2**dimension)[:, None] & characters(n, dimension)) % 2
-    return np.where(turned, 1.0, 0.0)
+    subsets = np.where(turned, 1.0, 0.0)
+    subsets.flags.writeable = False
+    return subsets
 
 
 def sign_flip_p(differences: Sequence[float]) -> float:

@@ -87,6 +87,13 @@ def test_swapping_the_views_does_not_matter(seed):
         torch.testing.assert_close(loss(z1, z2), loss(z2, z1))
 
 
+def test_weights_see_views_of_length_one():
+    seen = []
+    loss = DCLLoss(weight_fn=lambda *views: seen.extend(views) or torch.ones(len(views[0])))
+    loss(*(5 * z for z in views(0)))
+    assert [z.norm(dim=1).tolist() for z in seen] == [pytest.approx([1.0] * 5)] * 2
+
+
 def test_no_gradient_goes_through_weights():
     z1, z2 = (view.requires_grad_() for view in views(2))
     fixed = negative_von_mises_fisher(z1, z2).detach()

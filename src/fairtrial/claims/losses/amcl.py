@@ -124,14 +124,15 @@ def _heads(probe: dict[Form, list[float]]) -> Finding:
 def _augmentations(probe: dict[Arm, list[float]], every: int) -> Finding:
     gain = {count: gaps(probe["three heads", count], probe["NT-Xent", count]) for count in (1, every)}
     growth = gaps(gain[every], gain[1])
-    (grows,) = above_zero(growth)
-    says: Verdict = "reproduced" if grows else "partly" if sum(growth) > 0 else "not reproduced"
+    ahead = sum(growth) > 0 and sum(gain[every]) > 0
+    says: Verdict = "reproduced" if all(above_zero(growth, gain[every])) else "partly" if ahead else "not reproduced"
     names = list(AUGMENTATIONS)
     return Finding(
         claim="augmentation-count",
         verdict=says,
-        criterion="The gain of three heads over NT-Xent in linear probe accuracy is significantly larger with five "
-        "augmentations than with one (paired sign-flip test); partly if its mean is larger.",
+        criterion="With five augmentations three heads have a significantly higher linear probe accuracy than NT-Xent, "
+        "and this gain is significantly larger than with one (paired sign-flip tests, Holm over the two); partly if "
+        "both are so in the mean.",
         seeds=tuple(range(SEEDS)),
         measurements=(
             measured("gain, one augmentation", gain[1], "fraction", paper="about 0.01"),

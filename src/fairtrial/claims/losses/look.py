@@ -26,7 +26,6 @@ from fairtrial.contract import Diverged
 from fairtrial.methods.losses.look import LOOKLoss
 from fairtrial.tasks import digits
 from fairtrial.tasks.embedding_losses import SupConLoss
-from fairtrial.tasks.retrieval import Finite
 from fairtrial.tasks.samples import divide
 from fairtrial.tasks.streams import Streams
 from fairtrial.tasks.supervised import predict
@@ -98,7 +97,7 @@ def features(run: Run[Setting]) -> Features:
         head = nn.Linear(64, 2 if setting.arm == CROSS_ENTROPY else 32)
     losses: dict[str, nn.Module] = {CROSS_ENTROPY: nn.CrossEntropyLoss(), SUPERVISED: SupConLoss()}
     loss = losses[setting.arm] if setting.arm in losses else LOOKLoss(WITH_K[setting.arm])
-    model = nn.Sequential(trunk, head, Finite())
+    model = nn.Sequential(trunk, head)
     try:
         fit(
             model,

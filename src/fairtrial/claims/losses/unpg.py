@@ -22,7 +22,6 @@ from fairtrial.claims.training import fit
 from fairtrial.contract import Diverged
 from fairtrial.methods.losses.metric_learning import cosine_similarities, dot_products, unit
 from fairtrial.methods.losses.unpg import HEADS, UNPGLoss, unpg_cross_entropy
-from fairtrial.tasks.retrieval import Finite
 from fairtrial.tasks.samples import Part
 from fairtrial.tasks.streams import Streams
 from fairtrial.tasks.supervised import predict
@@ -76,7 +75,7 @@ def _draws() -> list[tuple[float, float, float]]:
 
 def identities(streams: Streams) -> dict[str, Part]:
     """Samples of the identities of each part. Prototypes, nuisance and the network are a seed's own."""
-    generator = streams("identities")
+    generator = streams("people")
     count = sum(IDENTITIES.values())
     prototypes = torch.randn(count, INPUTS, generator=generator)
     directions = torch.randn(NUISANCE, INPUTS, generator=generator) / math.sqrt(NUISANCE)
@@ -98,7 +97,7 @@ def true_accepts(run: Run[Setting]) -> tuple[float, ...]:
     setting, streams = run.setting, Streams(run.seed)
     parts = identities(streams)
     with streams.globally("model"):
-        model = nn.Sequential(nn.Linear(INPUTS, 128), nn.BatchNorm1d(128), nn.ReLU(), nn.Linear(128, 32), Finite())
+        model = nn.Sequential(nn.Linear(INPUTS, 128), nn.BatchNorm1d(128), nn.ReLU(), nn.Linear(128, 32))
     with streams.globally("loss"):
         loss = _loss(setting)
     optimizer = torch.optim.AdamW([*model.parameters(), *loss.parameters()], lr=setting.lr)

@@ -68,8 +68,8 @@ class DCLLoss(nn.Module):
 
     Args:
         temperature: τ > 0.
-        weight_fn: `weight_fn(z1, z2) -> (n,)` weights the positives; it gets the views as they are and no gradient
-            goes through it.
+        weight_fn: `weight_fn(z1, z2) -> (n,)` weights the positives; it gets the views brought to length 1, and no
+            gradient goes through it.
         reduction: 'none' gives the mean over a sample's two views, (n,); 'mean' or 'sum'.
     """
 
@@ -86,7 +86,7 @@ class DCLLoss(nn.Module):
         positive, log_sum = decoupled_terms(z1, z2, self.temperature)
         if self.weight_fn is not None:
             with torch.no_grad(), full_precision(z1):
-                weights = self.weight_fn(z1.detach(), z2.detach())
+                weights = self.weight_fn(unit(z1.detach()), unit(z2.detach()))
             positive = weights * positive
         return reduce((log_sum - positive).mean(0), self.reduction).to(z1.dtype)
 
