@@ -10,7 +10,7 @@ import paper_pages
 from fairtrial import tasks
 from fairtrial.catalog import Catalogue, Claim, Evidence, Finding, Machine, Measurement, Paper
 from fairtrial.claims.code import checkable
-from fairtrial.trial.recipe import recipes_for
+from fairtrial.trial.recipe import check_recipes, recipes_for
 
 EVIL = "<script>alert(1)</script> *a* _b_ [c](d) `e` | $f$ &amp; # {g} ~~h~~"
 PAPER = Paper(
@@ -109,7 +109,9 @@ def check(command):
     match command:
         case ["fairtrial", "compare", task, choices]:
             slot, _, named = choices.partition("=")
-            assert len(recipes_for(tasks.load(task), task, {slot: named})) == named.count(",") + 1
+            recipes = recipes_for(tasks.load(task), task, {slot: named})
+            check_recipes(tasks.load(task), recipes)
+            assert len(recipes) == named.count(",") + 1
         case ["fairtrial", "check", slug]:
             assert checkable(slug)
         case _:

@@ -205,6 +205,16 @@ def test_a_second_run_of_the_same_comparison_runs_nothing_and_is_equal(store, tm
     assert told[-1] == {"done": 168, "total": 168, "running": 0, "failed": 0, "stored": 168}
 
 
+def test_what_is_all_stored_needs_nothing_made(store, monkeypatch):
+    run(store)
+
+    def check(self, choices):
+        pytest.fail("nothing is to be run")
+
+    monkeypatch.setattr(toy.Toy, "check", check)
+    run(store)
+
+
 def test_a_comparison_with_larger_budgets_takes_over_the_runs_of_a_smaller_one(store, tmp_path):
     log = tmp_path / "log"
     small = run(store, f"toy log={log}", trials=6, seeds=4)

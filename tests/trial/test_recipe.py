@@ -15,6 +15,7 @@ from fairtrial.trial.recipe import (
     Recipe,
     Run,
     check_budget,
+    check_recipes,
     parse_choice,
     parse_choices,
     recipe_name,
@@ -182,6 +183,7 @@ def test_arbitrary_text_asks_for_recipes_that_can_be_made_or_is_refused(text):
     task = toy.load("toy")
     try:
         recipes = recipes_for(task, "toy", {"optimizer": text})
+        check_recipes(task, recipes)
     except BadInput:
         return
     assert len(recipes) >= 2
@@ -210,7 +212,7 @@ def test_arbitrary_text_asks_for_recipes_that_can_be_made_or_is_refused(text):
 )
 def test_what_cannot_be_compared_is_refused_in_one_sentence(wanted, said):
     with pytest.raises(BadInput) as caught:
-        recipes_for(toy.load("toy"), "toy", wanted)
+        check_recipes(toy.load("toy"), recipes_for(toy.load("toy"), "toy", wanted))
     assert said in str(caught.value)
 
 

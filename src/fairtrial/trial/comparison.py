@@ -13,7 +13,7 @@ from fairtrial.trial import sequential, statistics
 from fairtrial.trial.database import StoreError
 from fairtrial.trial.execute import Executor, Job
 from fairtrial.trial.fingerprint import fingerprint
-from fairtrial.trial.recipe import Recipe, Run, check_budget, recipe_name, recipes_for
+from fairtrial.trial.recipe import Recipe, Run, check_budget, check_recipes, recipe_name, recipes_for
 from fairtrial.trial.statistics import Difference, Verdict, verdict
 from fairtrial.trial.store import Store
 from fairtrial.trial.tuning import Tried, Tuned, search_space, tune, tuning_key
@@ -229,7 +229,7 @@ def compare(
         return sum(seeds if tune_once else seeds * (1 + tuning_runs[place]) for place in places)
 
     total = runs_for(range(len(recipes)), budget) + (sum(tuning_runs) if tune_once else 0)
-    conduct = _Conduct(task, executor, store, progress, total)
+    conduct = _Conduct(task, recipes, executor, store, progress, total)
     once = conduct.tunings([(recipe, FIRST_TUNING_SEED) for recipe in recipes], trials) if tune_once else []
     tuned: list[Tuned] = conduct.all_of(once)
 
@@ -281,7 +281,7 @@ def evaluate(
     With `trials` each seed has a tuning of its own, as in a comparison; without, nothing is tuned.
     """
     total = len(seeds) * (1 + (trials if search_space(task, recipe) else 0))
-    conduct = _Conduct(task, executor, store, progress, total)
+    conduct = _Conduct(task, [recipe], executor, store, progress, total)
     tunings: Sequence[_Tuning | Tuned] = [Tuned(recipe, {})] * len(seeds)
     if trials:
         tunings = conduct.tunings([(recipe, FIRST_TUNING_SEED + seed) for seed in seeds], trials)
@@ -377,11 +377,20 @@ def _cost_ratios(outcomes: Sequence[Outcome], baseline: Sequence[Outcome]) -> Co
 class _Conduct:
     """Hands jobs to the executor and outcomes to the store and to those who wait for them."""
 
-    def __init__(self, task: Task, executor: Executor, store: Store, progress: Progress, total: int) -> None:
-        self.task, self.executor, self.store, self.progress, self.total = task, executor, store, progress, total
+    def __init__(
+        self,
+        task: Task,
+        recipes: Sequence[Recipe],
+        executor: Executor,
+        store: Store,
+        progress: Progress,
+        total: int,
+    ) -> None:
+        self.task, self.recipes, self.executor, self.store = task, recipes, executor, store
+        self.progress, self.total = progress, total
         self.done = self.failed = self.stored = 0
         self.fingerprints: dict[tuple[str, ...], str] = {}
-        self.writable = False  # nobody has looked yet
+        self.ready = False  # nobody has looked yet whether runs can be made and stored
 
     def tunings(self, wanted: Sequence[tuple[Recipe, int]], trials: int) -> list[_Tuning]:
         """Flows for `all_of` that tune recipes, each on a seed; the store is asked what they tried before."""
@@ -440,9 +449,10 @@ class _Conduct:
         return results
 
     def _submit(self, job: Job) -> None:
-        if not self.writable:
+        if not self.ready:
+            check_recipes(self.task, self.recipes)
             self.store.check_writable()
-            self.writable = True
+            self.ready = True
         self.executor.submit(job)
 
     def expect(self, further: int) -> None:

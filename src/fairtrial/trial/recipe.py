@@ -3,7 +3,7 @@
 import ast
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -149,14 +149,21 @@ def recipes_for(task: Task, reference: str, wanted: Mapping[str, str]) -> list[R
     if not others:
         raise BadInput("nothing to compare: name a method other than the slot's default, or several")
     recipes = [Recipe(reference, baseline)]
-    recipes += [Recipe(reference, {**baseline, slot: choice}) for slot, choice in others]
+    return recipes + [Recipe(reference, {**baseline, slot: choice}) for slot, choice in others]
+
+
+def check_recipes(task: Task, recipes: Sequence[Recipe]) -> None:
+    """Make everything that the recipes name; nothing is trained.
+
+    Raises:
+        BadInput: something cannot be made; the message names the recipe, told apart from the first, the baseline.
+    """
     for recipe in recipes:
         try:
             task.check(recipe.choices)
         except (ValueError, TypeError) as error:
             changed = recipe_name(recipe, recipes[0])
             raise BadInput(f"{changed}: {error}") from error
-    return recipes
 
 
 def recipe_name(recipe: Recipe, baseline: Recipe) -> str:
