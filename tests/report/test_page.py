@@ -279,6 +279,7 @@ def test_recipes_that_were_decided_earlier_have_fewer_seeds():
     read = check(page(stopped, made.ORIGIN))
     assert "12 of at most 20" in read.text
     assert "20 at most: 128 runs, 112 fewer than the budget." in read.text
+    assert "where they are fewer: Soon 8." in read.text
     assert "a mean over the recipe’s own seeds" in read.text
     assert [len(tunings_of(stopped, judged)) for judged in stopped.recipes] == [12, 8, 12]
 

@@ -181,6 +181,9 @@ def how_it_was_done(comparison: "Comparison") -> str:
     if stopping is not None:
         how += f" Recipes got seeds until they were decided, {stopping.budget} at most: {stopping.runs} runs, "
         how += f"{stopping.saved} fewer than the budget."
+        if early := [judged for judged in comparison.recipes if len(judged.outcomes) < seeds]:
+            counts = ", ".join(f"{judged.name} {len(judged.outcomes)}" for judged in early)
+            how += f" A mean is over a recipe's own seeds, where they are fewer: {counts}."
     return (
         f"{how} Differences and costs are paired by seed with the baseline; a difference under {metric.margin:g} "
         f"({metric.unit}) counts as equivalent."
