@@ -1,0 +1,62 @@
+import numpy as np
+import pytest
+import torch
+
+from fairtrial.methods.losses import betti_numbers, synthetic_brick_wall
+
+
+def walls(labels: str = "accurate", n: int = 6, seed: int = 0):
+    return synthetic_brick_wall(n, 64, np.random.default_rng(seed), labels)
+
+
+def dice(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float(2 * (a * b).sum() / (a.sum() + b.sum()))
+
+
+def test_images_and_labels_are_of_the_asked_size_and_range():
+    images, labels, accurate = walls(n=2)
+    assert images.shape == (2, 3, 64, 64)
+    assert images.dtype == torch.float32
+    assert labels.shape == accurate.shape == (2, 1, 64, 64)
+    assert labels.unique().tolist() == [0, 1]
+    assert 0 <= images.min() < images.max() <= 1
+    assert torch.equal(labels, accurate)
+
+
+def test_the_generator_alone_decides_and_walls_are_the_same_for_all_labels():
+    plain = walls()
+    for kind in ("accurate", "noisy", "pseudo"):
+        again, twin = walls(kind), walls(kind)
+        assert all(torch.equal(a, b) for a, b in zip(again, twin, strict=True))
+        assert torch.equal(again.images, plain.images)
+        assert torch.equal(again.accurate, plain.accurate)
+    assert not torch.equal(walls(seed=1).images, plain.images)
+
+
+def test_mortar_is_a_net_around_the_bricks():
+    for label in walls().accurate[:, 0]:
+        components, holes = betti_numbers(label)
+        assert components <= 2  # a piece may be cut off by a corner of the image
+        assert holes >= 1
+        assert 0.1 < label.double().mean() < 0.4
+
+
+def test_noisy_labels_are_thin_torn_and_displaced():
+    _, noisy, accurate = walls("noisy")
+    assert noisy.sum() < 0.7 * accurate.sum()
+    assert 0.2 < dice(noisy, accurate) < 0.6
+    torn = [betti_numbers(label).components for label in noisy[:, 0]]
+    assert np.mean(torn) > 2
+
+
+def test_pseudo_labels_are_better_than_chance_and_wrong_in_places():
+    _, pseudo, accurate = walls("pseudo")
+    chance = dice(torch.ones_like(accurate), accurate)
+    assert chance + 0.1 < dice(pseudo, accurate) < 0.95
+
+
+def test_misuse_is_refused_with_the_argument_named():
+    rng = np.random.default_rng(0)
+    for name, arguments in {"n": (0, 64, rng), "size": (1, 31, rng), "labels": (1, 64, rng, "soft")}.items():
+        with pytest.raises(ValueError, match=f"^{name} must be"):
+            synthetic_brick_wall(*arguments)
