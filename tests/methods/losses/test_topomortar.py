@@ -99,13 +99,37 @@ def test_soft_skeletons():
     torch.testing.assert_close(SoftSkeletonize(3)(line), line)
 
 
-@pytest.mark.parametrize("loss", [SoftCLDiceLoss(), CEDiceLoss(), SkeletonRecallLoss()], ids=repr)
-def test_moving_the_picture_does_not_change_the_loss(loss):
-    target = torch.nn.functional.pad(TARGET, (8, 8, 8, 8))
+def in_a_frame() -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits and target whose structure lies 9 pixels from the border or more."""
     noise = 0.3 * torch.randn(12, 12, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     logits = logits_of(torch.nn.functional.pad(4.0 * THICK + noise, (8, 8, 8, 8)) - 2.0)
-    moved = [x.roll((2, -1), (2, 3)) for x in (logits, target)]
-    torch.testing.assert_close(loss(*moved), loss(logits, target))
+    return logits, torch.nn.functional.pad(TARGET, (8, 8, 8, 8))
+
+
+@pytest.mark.parametrize("loss", [SoftCLDiceLoss(), CEDiceLoss(), SkeletonRecallLoss()], ids=repr)
+def test_moving_the_picture_does_not_change_the_loss(loss):
+    logits, target = in_a_frame()
+    torch.testing.assert_close(loss(*(x.roll((2, -1), (2, 3)) for x in (logits, target))), loss(logits, target))
+
+
+def test_moving_the_picture_changes_region_wise_maps_of_the_background_alone():
+    """Its distances are measured in units of the largest, that of the corner farthest from the structure."""
+    logits, target = in_a_frame()
+    loss, moved = RegionWiseLoss(), [x.roll((2, -1), (2, 3)) for x in (logits, target)]
+    gradient, after = (
+        torch.autograd.functional.jacobian(lambda x, y=y: loss(x, y), x) for x, y in ((logits, target), moved)
+    )
+    there = target[0, 0] == 1
+    assert loss(*moved) != loss(logits, target)
+    shifted = gradient.roll((2, -1), (2, 3))[0, 1], after[0, 1]
+    torch.testing.assert_close(*(grad[there.roll((2, -1), (0, 1))] for grad in shifted))
+
+
+@pytest.mark.parametrize("loss", [SoftCLDiceLoss(), CEDiceLoss(), RegionWiseLoss()], ids=repr)
+def test_turning_the_picture_over_does_not_change_the_loss(loss):
+    logits, target = in_a_frame()
+    for change in (lambda x: x.flip(2), lambda x: x.flip(3), lambda x: x.transpose(2, 3)):
+        torch.testing.assert_close(loss(change(logits), change(target)), loss(logits, target))
 
 
 def test_golden_losses():

@@ -1,9 +1,10 @@
 """Brick walls to be segmented into bricks and mortar, a small synthetic stand-in for TopoMortar's photographs.
 
-Bricks lie in running bond, a little turned. Mortar is the foreground: one net with a hole for each whole brick. What
-makes it hard is that the colours of bricks and mortar overlap under uneven light, stains, blur and noise. As in the
-data set, training labels may be accurate, noisy (drawn quickly with a fixed pen: strokes beside their place, and gaps)
-or pseudo-labels (found by a threshold).
+Bricks lie in running bond, a little turned. Mortar is the foreground: one net with a hole for each whole brick, of
+which every picture shows at least one, whatever its size: it shows the same stretch of wall, with more or fewer pixels.
+What makes it hard is that the colours of bricks and mortar overlap under uneven light, stains, blur and noise. As in
+the data set, training labels may be accurate, noisy (drawn quickly with a fixed pen: strokes beside their place, and
+gaps) or pseudo-labels (found by a threshold).
 """
 
 from typing import NamedTuple
@@ -19,12 +20,13 @@ from torch import Tensor
 from fairtrial.methods.arguments import require
 
 LABELS = ("accurate", "noisy", "pseudo")
-BRICK_HEIGHT, BRICK_WIDTH, MORTAR = (12.0, 18.0), (24.0, 36.0), (2.0, 4.0)  # pixels
-TURN, ROW_SHIFT = 0.05, 2.0  # radians and pixels, either way
+SIDE, SMALLEST = 96, 64  # pixels of a picture's side: those that lengths below are given for, and the fewest
+BRICK_HEIGHT, BRICK_WIDTH, MORTAR = (12.0, 18.0), (24.0, 36.0), (2.0, 4.0)
+TURN, ROW_SHIFT = 0.05, 2.0  # radians and length, either way
 BRICK, MORTARS = (0.56, 0.36, 0.30), (0.66, 0.60, 0.55)  # mean colours
-OF_A_WALL, OF_A_BRICK, OF_A_PIXEL = 0.04, 0.05, 0.05  # standard deviations of colour
-BLUR = 0.5, 1.2  # pixels
-PEN, DISPLACED, GAPS = 1.0, 1.2, 0.1  # pixels, their standard deviation, and the share of strokes left out
+OF_A_WALL, OF_A_BRICK, OF_A_PIXEL = 0.04, 0.10, 0.15  # standard deviations of colour
+BLUR, CLOUD = (0.5, 1.2), 10.0
+PEN, DISPLACED, GAPS = 1.5, 0.6, 0.05  # length, its standard deviation, and the share of strokes left out
 
 
 class BrickWalls(NamedTuple):
@@ -52,7 +54,7 @@ def synthetic_brick_wall(n: int, size: int, rng: Generator, labels: str = "accur
 
     Args:
         n: images, at least 1.
-        size: height and width in pixels, at least 32.
+        size: height and width in pixels, at least 64; a joint would be thinner than a pixel in a smaller picture.
         rng: NumPy's generator; its children are drawn from, one for each wall.
         labels: 'accurate', 'noisy' or 'pseudo'.
 
@@ -60,7 +62,7 @@ def synthetic_brick_wall(n: int, size: int, rng: Generator, labels: str = "accur
         ValueError: an argument is outside its range.
     """
     require(n >= 1, "n", n, "at least 1")
-    require(size >= 32, "size", size, "at least 32")
+    require(size >= SMALLEST, "size", size, f"at least {SMALLEST}")
     require(labels in LABELS, "labels", labels, f"one of {', '.join(LABELS)}")
     images = np.empty((n, 3, size, size), np.float32)
     found, accurate = np.empty((2, n, 1, size, size), np.int64)
@@ -81,7 +83,7 @@ def synthetic_brick_wall(n: int, size: int, rng: Generator, labels: str = "accur
 def _bond(size: int, rng: Generator) -> _Bond:
     height, width, mortar = rng.uniform(*BRICK_HEIGHT), rng.uniform(*BRICK_WIDTH), rng.uniform(*MORTAR)
     turn, (down, right) = rng.uniform(-TURN, TURN), rng.uniform(0, 100, 2)
-    y, x = np.mgrid[:size, :size]
+    y, x = np.mgrid[:size, :size] * (SIDE / size)
     v, u = np.cos(turn) * y - np.sin(turn) * x + 100 + down, np.sin(turn) * y + np.cos(turn) * x + 100 + right
     row_joint, from_row_joint = _nearest_line(v, height + mortar)
     row = np.floor(v / (height + mortar)).astype(np.int64)
@@ -122,10 +124,10 @@ def _photograph(bond: _Bond, mortar: NDArray[np.int64], rng: Generator) -> NDArr
     y, x = np.mgrid[:size, :size] / size - 0.5
     slope_y, slope_x = rng.uniform(-0.4, 0.4, 2)
     light = 1 + slope_y * y + slope_x * x
-    cloud = gaussian_filter(rng.standard_normal((size, size)), 7)
+    cloud = gaussian_filter(rng.standard_normal((size, size)), CLOUD * size / SIDE)
     light = light - 0.25 * (cloud > 1.2 * cloud.std())  # stains
     seen = colour * light[:, :, None] + rng.normal(0, OF_A_PIXEL, colour.shape)
-    blur = rng.uniform(*BLUR)
+    blur = rng.uniform(*BLUR) * size / SIDE
     return np.clip(gaussian_filter(seen, (blur, blur, 0)), 0, 1).transpose(2, 0, 1)
 
 

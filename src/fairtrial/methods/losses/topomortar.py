@@ -1,4 +1,4 @@
-"""Skeleton losses for thin structures, and Betti errors (TopoMortar, 2025, arXiv:2503.03365).
+"""Skeleton losses for thin structures, and Betti errors (TopoMortar, BMVC 2025, arXiv:2503.03365).
 
 TopoMortar compares losses that are to keep a segmentation's topology: how many pieces it has and how many holes. What
 helped was clDice (Shit et al. 2021, arXiv:2003.07311) and, with noisy labels, Skeleton Recall (Kirchhoff et al. 2024,
@@ -55,7 +55,8 @@ def _check_maps(input: Float[Tensor, "..."], target: Int[Tensor, "..."], classes
 def _check_labels(target: Int[Tensor, "..."]) -> None:
     integer = not target.is_floating_point() and not target.is_complex() and target.dtype != torch.bool
     require(integer, "target", target.dtype, "integer class indices")
-    require(target.ndim == 4 and target.shape[1] == 1, "target", tuple(target.shape), "of shape (b, 1, h, w)")
+    fits = target.ndim == 4 and target.shape[1] == 1 and target.numel() > 0
+    require(fits, "target", tuple(target.shape), "of shape (b, 1, h, w) with at least one image")
 
 
 def _one_hot(target: Int[Tensor, "b 1 h w"], probability: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
