@@ -26,7 +26,7 @@ TURN, ROW_SHIFT = 0.05, 2.0  # radians and length, either way
 BRICK, MORTARS = (0.56, 0.36, 0.30), (0.66, 0.60, 0.55)  # mean colours
 OF_A_WALL, OF_A_BRICK, OF_A_PIXEL = 0.04, 0.10, 0.15  # standard deviations of colour
 BLUR, CLOUD = (0.5, 1.2), 10.0
-PEN, DISPLACED, GAPS = 1.5, 0.6, 0.05  # length, its standard deviation, and the share of strokes left out
+PEN, DISPLACED, GAPS = 1.8, 0.5, 0.05  # length, its standard deviation, and the share of strokes left out
 
 
 class BrickWalls(NamedTuple):
