@@ -116,7 +116,7 @@ def test_a_run_whose_outputs_are_lost_diverges() -> None:
 
 
 def test_it_can_be_learnt_and_leaves_room() -> None:
-    task = replace(walls(NAMES[0]), total_steps=60)
+    task = replace(walls(NAMES[0]), total_steps=40)
     found = task.run({"optimizer": Choice("AdamW", {"lr": 1e-2})}, 0, split="test")
     assert 0.1 < found.value < 0.9  # nothing found has 1, everything 0.8
-    assert found.metrics["Dice"] > 0.7
+    assert found.metrics["Dice"] > 0.6

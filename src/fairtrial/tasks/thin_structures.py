@@ -30,7 +30,7 @@ WALLS, TEST = 64, 64
 
 def samples(labels: str) -> Samples:
     """Walls, the labels to judge by, and behind them the labels to learn from."""
-    walls = synthetic_brick_wall(WALLS + TEST, SIZE, np.random.default_rng(0), labels)
+    walls = synthetic_brick_wall(WALLS + TEST, SIZE, np.random.default_rng(1), labels)
     y = torch.cat([walls.accurate, walls.labels], 1)
     return Samples(walls.images[TEST:], y[TEST:], walls.images[:TEST], y[:TEST], num_classes=2)
 
