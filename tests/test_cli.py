@@ -202,6 +202,13 @@ def test_doctor_reports(run):
     assert all(item["ok"] for item in json.loads(out))
 
 
+def test_doctor_names_the_extra_that_is_missing(run, monkeypatch):
+    monkeypatch.setattr("fairtrial.report.doctor.EXTRAS", {"no-such-package": "vision"})
+    code, out, _ = run("doctor")
+    assert code == 0
+    assert "fairtrial[vision]" in out
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

@@ -561,7 +561,7 @@ def doctor(store: StoreOption = None, as_json: Json = False) -> None:
 
         made = table("", "what", "found")
         for item in found:
-            made.add_row(Text("ok", "green") if item.ok else Text("no", "red"), item.what, item.found)
+            made.add_row(Text("ok", "green") if item.ok else Text("no", "red"), item.what, Text(item.found))
         _console().print(made)
     if not all(item.ok for item in found):
         raise typer.Exit(1)

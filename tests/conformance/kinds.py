@@ -324,12 +324,12 @@ class BagMeans(Kind):
 
 
 class Segmentations(Kind):
-    SIZE = 12
+    SIZE = 8
 
     def batch(self, n=2, dtype=torch.float64, seed=0):
         target = torch.zeros(n, 1, self.SIZE, self.SIZE, dtype=torch.long)
-        target[:, :, 3:5] = 1
-        target[:, :, :, 7:9] = 1
+        target[:, :, 2:4] = 1
+        target[:, :, :, 5:7] = 1
         return normal(n, 2, self.SIZE, self.SIZE, seed=seed, dtype=dtype), target
 
     def extremes(self):

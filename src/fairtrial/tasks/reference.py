@@ -24,6 +24,8 @@ _shipped = {
     "docs-tags": "docs_tags",
     "docs-tokens": "docs_tokens",
     "arithmetic": "arithmetic",
+    "thin-structures": "thin_structures",
+    "thin-structures-noisy": "thin_structures",
 }
 
 

@@ -6,6 +6,8 @@ from .amcl import MultiHeadProjector as MultiHeadProjector
 from .amcl import PairTemperature as PairTemperature
 from .amcl import SimSiamAMCLLoss as SimSiamAMCLLoss
 from .anyloss import AnyLoss as AnyLoss
+from .brick_walls import BrickWalls as BrickWalls
+from .brick_walls import synthetic_brick_wall as synthetic_brick_wall
 from .comp_sum import CompSumLoss as CompSumLoss
 from .comp_sum import SmoothAdversarialCompSumLoss as SmoothAdversarialCompSumLoss
 from .comp_sum import TRADESLoss as TRADESLoss
@@ -72,6 +74,15 @@ from .susana import ICNNLoss as ICNNLoss
 from .susana import ProtoTripletLoss as ProtoTripletLoss
 from .susana import compute_prototypes as compute_prototypes
 from .susana import icnn_score as icnn_score
+from .topomortar import BettiNumbers as BettiNumbers
+from .topomortar import CEDiceLoss as CEDiceLoss
+from .topomortar import RegionWiseLoss as RegionWiseLoss
+from .topomortar import SkeletonRecallLoss as SkeletonRecallLoss
+from .topomortar import SoftCLDiceLoss as SoftCLDiceLoss
+from .topomortar import SoftSkeletonize as SoftSkeletonize
+from .topomortar import betti_error as betti_error
+from .topomortar import betti_numbers as betti_numbers
+from .topomortar import skeleton_tube as skeleton_tube
 from .unpg import UNPGLoss as UNPGLoss
 from .unpg import box_whisker_filter as box_whisker_filter
 from .unpg import negative_pair_similarities as negative_pair_similarities
