@@ -6,7 +6,7 @@ A network encodes x as t and predicts ŷ from t. It is trained on
 
 without a bound or an assumption of normality: both terms are kernel estimates on the batch. With the Gram matrices of
 k(a, b) = exp(-|a - b|² / 2σ²), K of x, L¹ of y, L² of ŷ, L²¹ of ŷ (rows) and y (columns), Q of t, and with the row sums
-r_j = Σ_i K_ji, Propositions 1 and 2 of the paper are
+r_j = Σ_i K_ji, Propositions 1 and 2, as the authors' slides beside their code print them, are
 
     D = log Σ_ji W_ji L¹_ji + log Σ_ji W_ji L²_ji - 2 log Σ_ji W_ji L²¹_ji,    W_ji = K_ji / r_j²
     I = log Σ_ij K_ij Q_ij / N² + log Σ_ij K_ij Σ_ij Q_ij / N⁴ - 2 log Σ_j (Σ_i K_ji) (Σ_i Q_ji) / N³
