@@ -71,7 +71,7 @@ def test_the_paper_form_is_negative_and_has_a_gradient_at_the_targets():
     assert loss(UNEVEN, Y, below).item() == pytest.approx(-5.009e-05, abs=1e-8)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=15)
 @given(seed=st.integers(0, 999), sigma=st.floats(0.3, 5.0))
 def test_the_symmetric_form_is_a_divergence_with_its_minimum_at_the_targets(seed, sigma):
     x, _, y, y_pred = batch(seed)
@@ -108,7 +108,7 @@ def test_golden_information():
     assert CSQuadraticMI()(X, CODES).item() == pytest.approx(0.784346, abs=1e-6)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=15)
 @given(seed=st.integers(0, 999), angle=st.floats(0, 6.3), shift=st.floats(-9, 9))
 def test_information_is_symmetric_not_negative_and_blind_to_turning_and_moving(seed, angle, shift):
     x, t, _, _ = batch(seed)
@@ -129,12 +129,12 @@ def test_a_constant_code_has_no_information_and_no_gradient(normalized):
     assert t.grad.count_nonzero() == 0
 
 
-@pytest.mark.parametrize("size", [1e-3, 1e-2, 1e-1])
+@pytest.mark.parametrize("size", [0.01, 0.03, 0.1])
 def test_the_information_of_small_codes_is_right_in_single_precision(size):
     x, t, _, _ = batch(0, 64)
     exact = CSQuadraticMI()(x, size * t)
     single = CSQuadraticMI()(x.float(), (size * t).float())
-    assert single.item() == pytest.approx(exact.item(), rel=0.02 if size == 1e-2 else 1e-3, abs=0.1 * (size == 1e-3))
+    assert single.item() == pytest.approx(exact.item(), rel=2e-3)
 
 
 @pytest.mark.parametrize("denominator", DENOMINATORS)
@@ -206,7 +206,7 @@ def test_the_regressor_learns_repeats_itself_and_leaves_global_random_numbers():
     X, noise = random.uniform(-2, 2, (200, 2)), 0.1 * random.standard_normal(200)
     y = 50 + 10 * (np.sin(X[:, 0]) + 0.5 * X[:, 1] + noise)
     before = torch.get_rng_state()
-    model = CSIBRegressor(hidden=32, bottleneck=4, epochs=60, lr=1e-2, denominator="symmetric", random_state=0)
+    model = CSIBRegressor(hidden=32, bottleneck=4, epochs=40, lr=1e-2, denominator="symmetric", random_state=0)
     model.fit(X[:150], y[:150])
     assert torch.equal(torch.get_rng_state(), before)
     assert model.score(X[150:], y[150:]) > 0.9
