@@ -285,6 +285,48 @@ class Episodes(Kind):
         return [(support.flip(1), queries.roll(1, 1))]
 
 
+class Bottlenecks(Kind):
+    """Inputs (n, features), codes (n, d), targets (n,) and predictions (n,)."""
+
+    scored = (1, 3)
+    smaller = ()
+    fewest = 2
+
+    def batch(self, n=N, dtype=torch.float64, seed=0):
+        x, t, y, y_pred = (normal(n, *shape, seed=seed + place) for place, shape in enumerate(((3,), (DIM,), (), ())))
+        return tuple(argument.to(dtype) for argument in (x, t, y, y + 0.3 * y_pred))
+
+    def extremes(self):
+        x, t, y, y_pred = self.batch()
+        return [
+            (1e4 * x, 1e4 * t, y, 50 * y_pred),
+            (x, 1e-4 * t, y, y_pred),
+            (x, torch.zeros_like(t), y, torch.zeros_like(y)),  # nothing gets through
+            (torch.zeros_like(x), t, torch.zeros_like(y), y_pred),
+            (x, x, y, y),
+            (x[:2], t[:2], y[:2], y_pred[:2]),
+        ]
+
+    def misuses(self):
+        x, t, y, y_pred = self.batch()
+        return [
+            ("x", (x[:1], t[:1], y[:1], y_pred[:1])),
+            ("x", (torch.full_like(x, float("nan")), t, y, y_pred)),
+            ("t", (x, t[:-1], y, y_pred)),
+            ("t", (x, torch.full_like(t, float("inf")), y, y_pred)),
+            ("y", (x, t, y[:-1], y_pred)),
+            ("y", (x, t, y.long(), y_pred)),
+            ("y_pred", (x, t, y, y_pred[:-1])),
+            ("y_pred", (x, t, y, torch.stack([y_pred, y_pred], 1))),
+        ]
+
+    def same(self, arguments, seed):
+        """Targets and predictions moved alike, and codes turned and moved."""
+        x, t, y, y_pred = arguments
+        turn, _ = torch.linalg.qr(normal(DIM, DIM, seed=seed, dtype=t.dtype))
+        return [(x + 1, t @ turn - 2, y + 0.7, y_pred + 0.7)]
+
+
 class BagMeans(Kind):
     smaller = (2,)
 
@@ -386,6 +428,7 @@ KINDS: dict[str, Kind] = {
     "embedding_loss": Embeddings(),
     "contrastive_loss": Views(),
     "episode_loss": Episodes(),
+    "bottleneck_loss": Bottlenecks(),
     "bag_loss": BagMeans(),
     "segmentation_loss": Segmentations(),
     "sequence_loss": Sequences(),

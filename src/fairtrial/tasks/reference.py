@@ -9,6 +9,8 @@ from fairtrial.tasks import user
 _shipped = {
     "digits": "digits",
     "digits-cnn": "digits",
+    "diabetes-bottleneck": "diabetes_bottleneck",
+    "digits-fewshot": "digits_fewshot",
     "digits-longtail": "digits_longtail",
     "digits-noisy": "digits_noisy",
     "digits-noisy-pairs": "digits_noisy",

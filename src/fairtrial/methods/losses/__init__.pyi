@@ -23,6 +23,12 @@ from .contrastive_temperature import negative_penalty as negative_penalty
 from .contrastive_temperature import penalty_entropy as penalty_entropy
 from .contrastive_temperature import tolerance as tolerance
 from .contrastive_temperature import uniformity as uniformity
+from .cs_ib import ConditionalCSDivergence as ConditionalCSDivergence
+from .cs_ib import CSIBRegressor as CSIBRegressor
+from .cs_ib import CSInformationBottleneckLoss as CSInformationBottleneckLoss
+from .cs_ib import CSQuadraticMI as CSQuadraticMI
+from .cs_ib import gaussian_gram as gaussian_gram
+from .cs_ib import median_bandwidth as median_bandwidth
 from .decoupled_contrastive import DCLLoss as DCLLoss
 from .decoupled_contrastive import DCLWLoss as DCLWLoss
 from .decoupled_contrastive import NTXentLoss as NTXentLoss
