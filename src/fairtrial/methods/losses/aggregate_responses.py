@@ -402,4 +402,5 @@ def laplace_bag_means(
     size = torch.bincount(bag_index.long(), minlength=bags)
     up, down = torch.empty(2, bags, dtype=torch.float64).exponential_(generator=generator).to(y.device)
     noise = (up - down) * (sensitivity_factor * clip / epsilon) / size
-    return (bag_means(y.clamp(-clip, clip).double(), bag_index, bags) + noise).to(y.dtype)
+    released: Tensor = bag_means(y.clamp(-clip, clip).double(), bag_index, bags) + noise
+    return released.to(y.dtype)
