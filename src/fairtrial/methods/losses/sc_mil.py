@@ -60,6 +60,7 @@ class SupConLoss(nn.Module):
     """Supervised contrastive loss L_SCL of embeddings (n, d), which it normalises, and class labels (n,).
 
     One number for the batch. With no two embeddings of one label it is 0, with a gradient of 0, and warns on the CPU.
+    With all of one label it is the mean surprise of all pairs, where pytorch-metric-learning's gives 0.
 
     Args:
         temperature: τ, above 0. Between 0.07 and 1 is usual; it is worth tuning.
