@@ -338,7 +338,7 @@ class BagMeans(Kind):
     def extremes(self):
         predictions, targets, index = self.batch()
         return [
-            (1e2 * predictions, targets, index),
+            (30 * predictions, targets, index),  # whose squares float16 can still hold
             (torch.zeros(N), targets, index),
             (predictions, targets[:1], torch.zeros(N, dtype=torch.long)),
             (predictions[:1], targets[:1], torch.zeros(1, dtype=torch.long)),
@@ -363,6 +363,51 @@ class BagMeans(Kind):
         predictions, targets, index = arguments
         order = torch.randperm(len(targets), generator=generator(seed))
         return [(predictions, targets[order], order.argsort()[index])]
+
+
+class ScoresAndEmbeddings(Kind):
+    """Of each sample the classifier's scores and an embedding, and its class."""
+
+    scored = (0, 1)
+    smaller = (2,)
+
+    def batch(self, n=N, dtype=torch.float64, seed=0):
+        embeddings = normal(n, DIM, seed=seed + 1, dtype=dtype)
+        return normal(n, CLASSES, seed=seed, dtype=dtype), embeddings, torch.arange(n) % 3
+
+    def extremes(self):
+        scores, embeddings, target = self.batch()
+        up = torch.where(scores > 0, 1e4, -1e4)
+        return [
+            (up, 1e4 * embeddings, target),
+            (-up, 1e-3 * embeddings, target),
+            (torch.zeros(N, CLASSES), embeddings[:1].expand(N, DIM), target),  # all alike
+            (scores, torch.zeros(N, DIM), target),
+            (scores, embeddings, torch.zeros(N, dtype=torch.long)),  # one class present
+            (scores[:3], embeddings[:3], target[:3]),  # no two of a class
+            (scores[:1], embeddings[:1], target[:1]),
+        ]
+
+    def misuses(self):
+        scores, embeddings, target = self.batch()
+        return [
+            ("", (scores[:0], embeddings[:0], target[:0])),
+            ("", (scores[0], embeddings, target)),
+            ("", (scores.long(), embeddings, target)),
+            ("", (scores, embeddings[:-1], target)),
+            ("", (scores, embeddings[0], target)),
+            ("", (scores, torch.full_like(embeddings, float("nan")), target)),
+            ("", (scores, embeddings, target[:-1])),
+            ("", (scores, embeddings, target.double())),
+            ("", (scores, embeddings, target + CLASSES)),
+        ]
+
+    def same(self, arguments, seed):
+        """The classes in another order, and embeddings of other lengths."""
+        scores, embeddings, target = arguments
+        order = torch.randperm(CLASSES, generator=generator(seed))
+        lengths = 0.5 + torch.rand(len(embeddings), 1, generator=generator(seed), dtype=embeddings.dtype)
+        return [(scores[:, order], embeddings, order.argsort()[target]), (scores, lengths * embeddings, target)]
 
 
 class Segmentations(Kind):
@@ -430,6 +475,7 @@ KINDS: dict[str, Kind] = {
     "episode_loss": Episodes(),
     "bottleneck_loss": Bottlenecks(),
     "bag_loss": BagMeans(),
+    "joint_loss": ScoresAndEmbeddings(),
     "segmentation_loss": Segmentations(),
     "sequence_loss": Sequences(),
 }

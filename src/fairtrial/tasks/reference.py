@@ -8,6 +8,7 @@ from fairtrial.tasks import user
 
 _shipped = {
     "digits": "digits",
+    "digits-bags": "digits_bags",
     "digits-cnn": "digits",
     "diabetes-bottleneck": "diabetes_bottleneck",
     "digits-fewshot": "digits_fewshot",
@@ -21,6 +22,7 @@ _shipped = {
     "tabular": "tabular",
     "tabular-wine": "tabular",
     "tabular-diabetes": "tabular",
+    "diabetes-bags": "diabetes_bags",
     "tabular-screening": "screening",
     "text": "text",
     "docs-tags": "docs_tags",

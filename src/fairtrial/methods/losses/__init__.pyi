@@ -1,3 +1,11 @@
+from .aggregate_responses import AggregateLinearRegressor as AggregateLinearRegressor
+from .aggregate_responses import AsymptoticRisk as AsymptoticRisk
+from .aggregate_responses import BagLoss as BagLoss
+from .aggregate_responses import InstanceLoss as InstanceLoss
+from .aggregate_responses import InterpolatedBagLoss as InterpolatedBagLoss
+from .aggregate_responses import asymptotic_risk as asymptotic_risk
+from .aggregate_responses import laplace_bag_means as laplace_bag_means
+from .aggregate_responses import make_bags as make_bags
 from .amcl import AMCL as AMCL
 from .amcl import AMCLLoss as AMCLLoss
 from .amcl import BarlowAMCLLoss as BarlowAMCLLoss
@@ -75,6 +83,13 @@ from .multi_similarity import pair_weights as pair_weights
 from .mw_loss import InBatchContrastiveLoss as InBatchContrastiveLoss
 from .mw_loss import MannWhitneyLoss as MannWhitneyLoss
 from .mw_loss import pooled_auc as pooled_auc
+from .sc_mil import SCMIL as SCMIL
+from .sc_mil import BagOutput as BagOutput
+from .sc_mil import GatedAttentionPool as GatedAttentionPool
+from .sc_mil import ProgressiveLoss as ProgressiveLoss
+from .sc_mil import SCMILLoss as SCMILLoss
+from .sc_mil import SupConLoss as SupConLoss
+from .sc_mil import make_imbalanced_bags as make_imbalanced_bags
 from .susana import EpisodeLoss as EpisodeLoss
 from .susana import ICNNLoss as ICNNLoss
 from .susana import ProtoTripletLoss as ProtoTripletLoss
