@@ -5,11 +5,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fairtrial.methods.losses.sc_mil import SupConLoss
 from fairtrial.tasks.embedding_losses import (
     EMBEDDING_LOSSES,
     ContrastiveLoss,
     NormalizedSoftmaxLoss,
-    SupConLoss,
     TripletMarginLoss,
 )
 

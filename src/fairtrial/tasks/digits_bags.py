@@ -63,7 +63,7 @@ def bagged(division: Division, generator: torch.Generator, sizes: tuple[int, ...
     return Division(
         bags_of(division.training, sizes, generator),
         bags_of(division.validation, (JUDGED,) * CLASSES, generator),
-        bags_of(division.test, (JUDGED,) * CLASSES, Streams(0)("test bags")),
+        bags_of(division.test, (JUDGED,) * CLASSES, Streams(1)("test bags")),
     )
 
 

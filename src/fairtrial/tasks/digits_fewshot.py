@@ -5,7 +5,7 @@ image is in one only. Besides, each image is turned by up to 20 degrees and disp
 all. Of each digit one turn is kept for the test. Of the other 30 classes each seed takes 10 to validate with, and
 trains on 20.
 
-The pixels themselves, as embeddings, have an accuracy of 0.53 with one example of each of five classes, and of 0.67
+The pixels themselves, as embeddings, have an accuracy of 0.54 with one example of each of five classes, and of 0.69
 with five.
 """
 
@@ -29,13 +29,13 @@ SHOTS, STEPS = 1, 300
 
 
 def samples() -> Samples:
-    """Images of class `4 digit + turn`; those of which digit + turn is a multiple of 4 are for the test."""
+    """Images of class `4 digit + turn`; those with digit + turn = 1 (mod 4) are for the test."""
     pixels, digit = load_digits(return_X_y=True)
     images, digits = torch.from_numpy(pixels).float().view(-1, 8, 8) / 16, torch.from_numpy(digit).long()
-    disturbed = turned(images, 20.0, 1.0, Streams(0)("disturbed"))
-    turn = torch.randint(TURNS, (len(images),), generator=Streams(0)("turn"))
+    disturbed = turned(images, 20.0, 1.0, Streams(1)("disturbed"))
+    turn = torch.randint(TURNS, (len(images),), generator=Streams(1)("turn"))
     x = torch.stack([torch.rot90(disturbed, k, (1, 2)) for k in range(TURNS)])[turn, torch.arange(len(images))]
-    x, y, test = x.flatten(1), TURNS * digits + turn, (digits + turn) % TURNS == 0
+    x, y, test = x.flatten(1), TURNS * digits + turn, (digits + turn) % TURNS == 1
     return Samples(x[~test], y[~test], x[test], y[test], groups=y[~test], num_classes=TRAINING_CLASSES)
 
 

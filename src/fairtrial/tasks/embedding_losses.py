@@ -14,10 +14,10 @@ from fairtrial.methods.losses.metric_learning import (
     check_embeddings,
     cosine_similarities,
     dot_products,
-    log_sum_exp,
     pairs_of,
     unit,
 )
+from fairtrial.methods.losses.sc_mil import SupConLoss
 from fairtrial.methods.registry import LogUniform, Method, Uniform
 
 
@@ -89,28 +89,6 @@ class NormalizedSoftmaxLoss(nn.Module):
     def forward(self, embeddings: Float[Tensor, "n d"], labels: Int[Tensor, " n"]) -> Float[Tensor, ""]:
         check_embeddings(embeddings, labels)
         return F.cross_entropy(dot_products(unit(embeddings), unit(self.weight)) / self.temperature, labels.long())
-
-
-class SupConLoss(nn.Module):
-    """Supervised contrastive loss: mean over anchors and their positives of -log softmax(s / temperature) among all
-    others of the batch (Khosla et al. 2020).
-
-    Args:
-        temperature: what similarities are divided by.
-    """
-
-    def __init__(self, temperature: float = 0.1) -> None:
-        super().__init__()
-        require(0 < temperature < float("inf"), "temperature", temperature, "above 0 and finite")
-        self.temperature = temperature
-
-    def forward(self, embeddings: Float[Tensor, "n d"], labels: Int[Tensor, " n"]) -> Float[Tensor, ""]:
-        check_embeddings(embeddings, labels)
-        logits, (positives, negatives) = cosine_similarities(embeddings) / self.temperature, pairs_of(labels)
-        surprise = log_sum_exp(logits, positives | negatives)[:, None] - logits
-        number = positives.sum(1)
-        by_anchor = surprise.masked_fill(~positives, 0.0).sum(1) / number.clamp(min=1)
-        return by_anchor.sum() / (number > 0).sum().clamp(min=1)
 
 
 EMBEDDING_LOSSES = (

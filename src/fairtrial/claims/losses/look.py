@@ -24,8 +24,8 @@ from fairtrial.claims.paired import above_zero, gaps
 from fairtrial.claims.training import fit
 from fairtrial.contract import Diverged
 from fairtrial.methods.losses.look import LOOKLoss
+from fairtrial.methods.losses.sc_mil import SupConLoss
 from fairtrial.tasks import digits
-from fairtrial.tasks.embedding_losses import SupConLoss
 from fairtrial.tasks.samples import divide
 from fairtrial.tasks.streams import Streams
 from fairtrial.tasks.supervised import predict
