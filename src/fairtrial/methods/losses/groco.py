@@ -158,7 +158,8 @@ class GroupOrderingLoss(nn.Module):
         """The losses of some views as anchors, sorted in one go."""
         similarities = [self._similarities(place, units[place], fixed) for place in places]
         positives, negatives = (torch.cat(part) for part in zip(*similarities, strict=True))
-        return ordering_loss(positives, negatives, self.steepness).unflatten(0, (len(places), -1))
+        losses: Tensor = ordering_loss(positives, negatives, self.steepness)
+        return losses.view(len(places), -1)
 
     def _similarities(
         self, place: int, anchor: Float[Tensor, "b d"], fixed: Sequence[Float[Tensor, "b d"]]

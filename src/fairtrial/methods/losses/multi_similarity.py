@@ -62,8 +62,9 @@ def multi_similarity(
     similarity: Float[Tensor, "m m"], pairs: Pairs, *, alpha: float = 2.0, beta: float = 50.0, base: float = 0.5
 ) -> Float[Tensor, " m"]:
     """The weighting half of the loss, for each anchor, of pairs that are already chosen."""
-    attraction = F.softplus(log_sum_exp(-alpha * (similarity - base), pairs.positives)) / alpha
-    repulsion = F.softplus(log_sum_exp(beta * (similarity - base), pairs.negatives)) / beta
+    above = similarity - base
+    attraction = F.softplus(log_sum_exp(-alpha * above, pairs.positives)) / alpha
+    repulsion = F.softplus(log_sum_exp(beta * above, pairs.negatives)) / beta
     return attraction + repulsion
 
 
