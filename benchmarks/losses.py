@@ -10,7 +10,8 @@ contrastive loss of pytorch-metric-learning, which has the same value where each
 NTXentLoss compares every positive pair with the negative pairs of all anchors, 10⁹ numbers for 512 samples. Without a
 checkout of the authors' code the soft top-k operator is compared with its plain definition instead: 32 bisections for
 the threshold, and the implicit gradient. Printed are median milliseconds of ours and theirs, the median of the rounds'
-ratios, and the range of their middle half.
+ratios, and the range of their middle half. On a machine that others use, OMP_WAIT_POLICY=passive keeps threads from
+spinning while they wait for one that does not run.
 """
 
 import importlib

@@ -1,11 +1,13 @@
 """Mann-Whitney loss of a large batch: time, peak memory, and the largest tensor that anything on the way allocates.
 
+    OMP_NUM_THREADS=2 python benchmarks/mann_whitney_memory.py [BATCH [DIM]]
     MALLOC_MMAP_THRESHOLD_=500000 OMP_NUM_THREADS=2 python benchmarks/mann_whitney_memory.py [BATCH [DIM]]
 
 Forward and backward at the paper's temperature. The peak is that of the process's resident memory over what it was
-before; the threshold makes glibc give freed blocks back, of which it keeps some hundred MB otherwise. The largest
-tensor is watched at every operation, in a pass of its own. For comparison, the matrix of scores has BATCH² numbers and
-the pairs are BATCH³. Last, a batch small enough for comparing every pair says what the grid costs in exactness.
+before. glibc keeps some hundred MB of freed blocks; with the threshold it gives them back, so that the second call
+tells what is in use, though not how fast it is, as every block is then mapped anew. The largest tensor is watched at
+every operation, in a pass of its own. For comparison, the matrix of scores has BATCH² numbers and the pairs are BATCH³.
+Last, a batch small enough for comparing every pair says what the grid costs in exactness.
 """
 
 import resource
@@ -54,7 +56,7 @@ def main(batch: int = 8192, dim: int = 128) -> None:
     forward = perf_counter() - wall
     torch.autograd.grad(value, views)
     wall, processor = perf_counter() - wall, process_time() - processor
-    print(f"batch {batch:,}, {dim} numbers each, {torch.get_num_threads()} threads, loss {value.item():.6f}")
+    print(f"batch {batch:,}, {dim} numbers each, {torch.get_num_threads()} threads, loss {value.item():.3e}")
     print(f"{wall:.1f} s, {forward:.1f} of them forward; processor time {processor:.1f} s")
     print(f"peak {peak() - before:.0f} MB over {before:.0f}; the matrix of scores would take {batch**2 / 2**18:.0f} MB")
     with Largest() as largest:
