@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from fairtrial.methods.losses import InBatchContrastiveLoss, InfoNCELoss, MannWhitneyLoss, pooled_auc
+from fairtrial.methods.losses import InBatchContrastiveLoss, InfoNCELoss, MannWhitneyLoss, mw_loss, pooled_auc
+from fairtrial.methods.losses.mw_loss import comparisons
 
 S = torch.tensor([[0.8, 0.3, 0.2], [0.5, 0.6, 0.1], [0.4, 0.7, 0.9]], dtype=torch.float64)
 DIAGONAL = torch.eye(3, dtype=torch.bool)
@@ -141,6 +142,56 @@ def test_large_batches_are_taken_in_chunks_by_themselves(monkeypatch):
     whole = MannWhitneyLoss(0.1)(query, passage)
     monkeypatch.setattr("fairtrial.methods.losses.mw_loss.PAIRS_AT_ONCE", 100)
     torch.testing.assert_close(MannWhitneyLoss(0.1)(query, passage), whole)
+
+
+@pytest.mark.parametrize("hard", [0, 2])
+@pytest.mark.parametrize("temperature", [0.3, 2.0, 100.0])
+def test_many_pairs_are_compared_through_a_grid(monkeypatch, temperature, hard):
+    views = [x.requires_grad_() for x in pairs(8, 23, h=hard) if x is not None]
+    direct = MannWhitneyLoss(temperature, chunk_size=5, reduction="none")(*views)
+    compared = []
+    monkeypatch.setattr(mw_loss, "PAIRS_AT_ONCE", 100)
+    monkeypatch.setattr(mw_loss, "SCORES_AT_ONCE", 100)
+    monkeypatch.setattr(mw_loss, "comparisons", lambda *x: (compared.append(x), comparisons(*x))[1])
+    gridded = MannWhitneyLoss(temperature, reduction="none")(*views)
+    assert all(weights is not None and len(points) < 23 * 22 for _, points, _, weights in compared)
+    torch.testing.assert_close(gridded, direct, rtol=1e-12, atol=0)
+    weights = torch.linspace(0, 1, 23, dtype=torch.float64)
+    slopes = (torch.autograd.grad((weights * loss).sum(), views) for loss in (gridded, direct))
+    for slope, expected in zip(*slopes, strict=True):
+        torch.testing.assert_close(slope, expected, rtol=1e-9, atol=1e-12)
+
+
+@settings(deadline=None, max_examples=25)
+@given(seed=st.integers(0, 999), temperature=st.floats(0.05, 20.0), spread=st.sampled_from([0.0, 1e-3, 1.0, 5.0]))
+def test_scores_are_compared_through_a_grid_too(seed, temperature, spread):
+    scores, mask = random_scores(seed, 30, 40)
+    scores = torch.where(mask, scores, spread * scores).requires_grad_()
+    direct = MannWhitneyLoss(temperature, chunk_size=10**6).of_scores(scores, mask)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mw_loss, "PAIRS_AT_ONCE", 100)
+        gridded = MannWhitneyLoss(temperature).of_scores(scores, mask)
+    torch.testing.assert_close(gridded, direct, rtol=1e-11, atol=0)
+    slopes = [torch.autograd.grad(loss, scores)[0] for loss in (gridded, direct)]
+    torch.testing.assert_close(*slopes, rtol=1e-8, atol=1e-10 * slopes[1].abs().max().item())
+
+
+def test_the_grid_is_differentiable_twice_and_half_precision_enough(monkeypatch):
+    monkeypatch.setattr(mw_loss, "PAIRS_AT_ONCE", 10)
+    views = [x.requires_grad_() for x in pairs(9, 7)[:2]]
+    loss = MannWhitneyLoss(1.0)
+    assert loss._by_grid(7, 42, mw_loss.grid_between(-1.0, 1.0, 1.0))
+    assert torch.autograd.gradcheck(loss, views)
+    assert torch.autograd.gradgradcheck(loss, views)
+    halves = [x.detach().bfloat16() for x in views]
+    assert loss(*halves).dtype == torch.bfloat16
+    torch.testing.assert_close(loss(*halves).double(), loss(*[x.double() for x in halves]), rtol=1e-2, atol=0)
+
+
+def test_where_a_grid_would_not_be_smaller_pairs_are_compared_directly(monkeypatch):
+    monkeypatch.setattr(mw_loss, "PAIRS_AT_ONCE", 10)
+    direct = MannWhitneyLoss(1e-4, chunk_size=10**6).of_scores(S, DIAGONAL)
+    torch.testing.assert_close(MannWhitneyLoss(1e-4).of_scores(1e4 * S, DIAGONAL), 1e4 * direct, rtol=1e-6, atol=0)
 
 
 def test_misuse_is_refused_with_the_argument_named():

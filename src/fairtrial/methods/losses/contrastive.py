@@ -66,14 +66,16 @@ def similarities_of_views(a: Float[Tensor, "n d"], b: Float[Tensor, "n d"]) -> F
 
 
 def symmetric_similarities(
-    z1: Float[Tensor, "n d"], z2: Float[Tensor, "n d"]
+    z1: Float[Tensor, "n d"], z2: Float[Tensor, "n d"], temperature: float
 ) -> tuple[Float[Tensor, " 2*n"], Float[Tensor, "2*n 2*n"]]:
-    """Of all embeddings of both views as anchors: cosine to the positive, and cosines to all embeddings.
+    """Of all embeddings of both views as anchors: cosine to the positive, and cosines to all embeddings, both over τ.
 
     In the latter the anchor itself and its positive are -inf, so that each row has 2 (n - 1) negatives.
     """
-    z = torch.cat([z1, z2])
-    square = cosines(z, z)
-    positive = square.diagonal(z1.shape[0])
-    same_sample = torch.eye(z1.shape[0], dtype=torch.bool, device=z.device).repeat(2, 2)
-    return positive.repeat(2), square.masked_fill(same_sample, -math.inf)
+    with full_precision(z1):
+        first, second = unit(z1), unit(z2)
+        rows = torch.cat([first, second])
+        positive = (first * second).sum(1) / temperature
+        square = (rows / temperature) @ rows.T  # the rows are divided, as they are fewer numbers
+    same_sample = torch.eye(len(z1), dtype=torch.bool, device=z1.device).repeat(2, 2)
+    return positive.repeat(2), square.masked_fill_(same_sample, -math.inf)

@@ -41,9 +41,8 @@ def decoupled_terms(
     z1: Float[Tensor, "n d"], z2: Float[Tensor, "n d"], temperature: float
 ) -> tuple[Float[Tensor, "2 n"], Float[Tensor, "2 n"]]:
     """For each anchor, by view: <anchor, positive> / τ, and log U."""
-    positive, others = symmetric_similarities(z1, z2)
-    log_sum = (others / temperature).logsumexp(1)
-    return (positive / temperature).unflatten(0, (2, -1)), log_sum.unflatten(0, (2, -1))
+    positive, others = symmetric_similarities(z1, z2, temperature)
+    return positive.unflatten(0, (2, -1)), others.logsumexp(1).unflatten(0, (2, -1))
 
 
 def npc_multiplier(z1: Float[Tensor, "n d"], z2: Float[Tensor, "n d"], temperature: float) -> Float[Tensor, "2 n"]:

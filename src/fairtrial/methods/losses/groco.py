@@ -144,18 +144,31 @@ class GroupOrderingLoss(nn.Module):
         with full_precision(views[0]):
             units = [unit(view) for view in views]
             fixed = [view.detach() for view in units] if self.stop_gradient else units
-            loss = torch.stack([self._of_anchor(place, units, fixed) for place in range(len(units))]).mean(0)
+            loss = torch.cat([self._of_anchors(group, units, fixed) for group in self._groups(len(views))]).mean(0)
         return reduce(loss, self.reduction).to(views[0].dtype)
 
-    def _of_anchor(
-        self, place: int, units: Sequence[Float[Tensor, "b d"]], fixed: Sequence[Float[Tensor, "b d"]]
-    ) -> Float[Tensor, " b"]:
-        anchor = units[place]
+    def _groups(self, views: int) -> list[range]:
+        """Anchors of as many positives: those that are positives themselves, and the others."""
+        end = self.n_positive_views or views
+        return [group for group in (range(end), range(end, views)) if group]
+
+    def _of_anchors(
+        self, places: range, units: Sequence[Float[Tensor, "b d"]], fixed: Sequence[Float[Tensor, "b d"]]
+    ) -> Float[Tensor, "v b"]:
+        """The losses of some views as anchors, sorted in one go."""
+        similarities = [self._similarities(place, units[place], fixed) for place in places]
+        positives, negatives = (torch.cat(part) for part in zip(*similarities, strict=True))
+        losses: Tensor = ordering_loss(positives, negatives, self.steepness)
+        return losses.view(len(places), -1)
+
+    def _similarities(
+        self, place: int, anchor: Float[Tensor, "b d"], fixed: Sequence[Float[Tensor, "b d"]]
+    ) -> tuple[Float[Tensor, "b p"], Float[Tensor, "b k"]]:
+        """Those to an anchor's positives, and to its strongest negatives."""
         partners = [view for other, view in enumerate(fixed[: self.n_positive_views]) if other != place]
         positives = torch.stack([(anchor * partner).sum(1) for partner in partners], 1)
         negatives = off_diagonal(anchor @ fixed[place].T)
-        strongest = negatives.topk(min(self.num_negatives, negatives.shape[1]), dim=1).values
-        return ordering_loss(positives, strongest, self.steepness)
+        return positives, negatives.topk(min(self.num_negatives, negatives.shape[1]), dim=1).values
 
     def _check(self, views: Sequence[Float[Tensor, "b d"]]) -> None:
         require(len(views) >= 2, "views", len(views), "at least 2")

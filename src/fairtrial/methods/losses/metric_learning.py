@@ -76,4 +76,4 @@ def pairs_of(labels: Int[Tensor, " n"]) -> Pairs:
 
 def log_sum_exp(values: Float[Tensor, "n m"], kept: Bool[Tensor, "n m"]) -> Float[Tensor, " n"]:
     """Logarithm of the sum of exp over the kept values of each row; `NOTHING`, and no gradient, where none is."""
-    return values.masked_fill(~kept, NOTHING).logsumexp(1)
+    return torch.where(kept, values, NOTHING).logsumexp(1)

@@ -52,12 +52,19 @@ def mined(similarity: Float[Tensor, "m m"], pairs: Pairs, epsilon: float) -> Pai
     )
 
 
+def of_both_kinds(pairs: Pairs) -> Pairs:
+    """All pairs of the anchors that have a positive and a negative."""
+    both = pairs.positives.any(1, keepdim=True) & pairs.negatives.any(1, keepdim=True)
+    return Pairs(pairs.positives & both, pairs.negatives & both)
+
+
 def multi_similarity(
     similarity: Float[Tensor, "m m"], pairs: Pairs, *, alpha: float = 2.0, beta: float = 50.0, base: float = 0.5
 ) -> Float[Tensor, " m"]:
     """The weighting half of the loss, for each anchor, of pairs that are already chosen."""
-    attraction = F.softplus(log_sum_exp(-alpha * (similarity - base), pairs.positives)) / alpha
-    repulsion = F.softplus(log_sum_exp(beta * (similarity - base), pairs.negatives)) / beta
+    above = similarity - base
+    attraction = F.softplus(log_sum_exp(-alpha * above, pairs.positives)) / alpha
+    repulsion = F.softplus(log_sum_exp(beta * above, pairs.negatives)) / beta
     return attraction + repulsion
 
 
@@ -103,7 +110,8 @@ class MultiSimilarityLoss(nn.Module):
     def forward(self, embeddings: Float[Tensor, "m d"], labels: Int[Tensor, " m"]) -> Float[Tensor, "..."]:
         check_embeddings(embeddings, labels)
         similarity = cosine_similarities(embeddings)
-        pairs = mined(similarity, pairs_of(labels), self.epsilon if self.mine else torch.inf)
+        pairs = pairs_of(labels)
+        pairs = mined(similarity, pairs, self.epsilon) if self.mine else of_both_kinds(pairs)
         loss = multi_similarity(similarity, pairs, alpha=self.alpha, beta=self.beta, base=self.base)
         return reduce(loss, self.reduction).to(embeddings.dtype)
 
