@@ -1,5 +1,6 @@
 from .adamp import SGDP as SGDP
 from .adamp import AdamP as AdamP
+from .diffgrad import DiffGrad as DiffGrad
 from .frugal import FRUGAL as FRUGAL
 from .frugal import frugal_param_groups as frugal_param_groups
 from .state_size import optimizer_state_bytes as optimizer_state_bytes
