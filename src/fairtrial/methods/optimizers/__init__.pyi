@@ -3,6 +3,10 @@ from .adamp import AdamP as AdamP
 from .diffgrad import DiffGrad as DiffGrad
 from .frugal import FRUGAL as FRUGAL
 from .frugal import frugal_param_groups as frugal_param_groups
+from .normalized_logistic_gd import BatchPerceptron as BatchPerceptron
+from .normalized_logistic_gd import NormalizedLogisticGD as NormalizedLogisticGD
+from .normalized_logistic_gd import margin as margin
+from .normalized_logistic_gd import worst_case as worst_case
 from .state_size import optimizer_state_bytes as optimizer_state_bytes
 from .tract import TrActConv2d as TrActConv2d
 from .tract import TrActLinear as TrActLinear
