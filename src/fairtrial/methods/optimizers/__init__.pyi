@@ -3,6 +3,14 @@ from .adamp import AdamP as AdamP
 from .diffgrad import DiffGrad as DiffGrad
 from .frugal import FRUGAL as FRUGAL
 from .frugal import frugal_param_groups as frugal_param_groups
+from .grokking_stability import OrthoGrad as OrthoGrad
+from .grokking_stability import StableMaxCrossEntropyLoss as StableMaxCrossEntropyLoss
+from .grokking_stability import log_stablemax as log_stablemax
+from .grokking_stability import modular_addition as modular_addition
+from .grokking_stability import nlm_alignment as nlm_alignment
+from .grokking_stability import softmax_collapse_fraction as softmax_collapse_fraction
+from .grokking_stability import sparse_parity as sparse_parity
+from .grokking_stability import stablemax as stablemax
 from .normalized_logistic_gd import BatchPerceptron as BatchPerceptron
 from .normalized_logistic_gd import NormalizedLogisticGD as NormalizedLogisticGD
 from .normalized_logistic_gd import margin as margin
