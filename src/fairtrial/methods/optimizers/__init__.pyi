@@ -3,6 +3,12 @@ from .adamp import AdamP as AdamP
 from .diffgrad import DiffGrad as DiffGrad
 from .frugal import FRUGAL as FRUGAL
 from .frugal import frugal_param_groups as frugal_param_groups
+from .gradient_normalized_smoothness import GNSNewton as GNSNewton
+from .gradient_normalized_smoothness import fisher_logistic as fisher_logistic
+from .gradient_normalized_smoothness import fisher_term as fisher_term
+from .gradient_normalized_smoothness import gauss_newton as gauss_newton
+from .gradient_normalized_smoothness import grad_norm_smooth_newton as grad_norm_smooth_newton
+from .gradient_normalized_smoothness import softmax_ggn as softmax_ggn
 from .grokking_stability import OrthoGrad as OrthoGrad
 from .grokking_stability import StableMaxCrossEntropyLoss as StableMaxCrossEntropyLoss
 from .grokking_stability import log_stablemax as log_stablemax
