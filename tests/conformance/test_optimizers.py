@@ -21,6 +21,8 @@ from fairtrial.methods.registry import index
 
 OPTIMIZERS = [entry for entry in index() if entry.slot == "optimizer"]
 BATCHES = 4
+# optimizers that may stop where no minimum is, and why
+STOP_ELSEWHERE = {"OrthoGrad": "it stops where each gradient lies along its tensor"}
 SAVED_AT, LONG_RUN = 185, 215  # steps; in between comes what repeats every 200
 
 each_optimizer = pytest.mark.parametrize("entry", OPTIMIZERS, ids=[entry.name for entry in OPTIMIZERS])
@@ -143,6 +145,8 @@ def test_training_lowers_the_loss_and_leaves_leaves(entry):
 
 @each_optimizer
 def test_a_convex_quadratic_is_solved_within_1000_steps(entry):
+    if entry.name in STOP_ELSEWHERE:
+        pytest.skip(STOP_ELSEWHERE[entry.name])
     model = nn.Sequential(*[nn.Linear(4, 4) for _ in range(4)])
     generator = torch.Generator().manual_seed(0)
     goals = [torch.randn(p.shape, generator=generator) for p in model.parameters()]

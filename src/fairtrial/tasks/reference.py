@@ -30,6 +30,7 @@ _shipped = {
     "arithmetic": "arithmetic",
     "thin-structures": "thin_structures",
     "thin-structures-noisy": "thin_structures",
+    "modular-addition": "modular_addition",
 }
 
 
