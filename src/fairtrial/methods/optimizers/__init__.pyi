@@ -2,6 +2,9 @@ from .adamp import SGDP as SGDP
 from .adamp import AdamP as AdamP
 from .frugal import FRUGAL as FRUGAL
 from .frugal import frugal_param_groups as frugal_param_groups
+from .galore import GaLoreAdamW as GaLoreAdamW
+from .galore import GaLoreProjector as GaLoreProjector
+from .galore import galore_param_groups as galore_param_groups
 from .state_size import optimizer_state_bytes as optimizer_state_bytes
 from .tract import TrActConv2d as TrActConv2d
 from .tract import TrActLinear as TrActLinear
