@@ -222,7 +222,7 @@ class GaLoreAdamW(Optimizer):
         """The state with the subspace of the present gradient."""
         return state | {side: basis.to(p.dtype) for side, basis in leading_subspace(grad, group).items()}
 
-    def _bases(self, state: State) -> Bases:
+    def _bases(self, group: Mapping[str, Any], state: State, p: Tensor) -> Bases:
         return {side: state[side] for side in ("left", "right") if side in state}
 
     @torch.no_grad()
@@ -237,7 +237,9 @@ class GaLoreAdamW(Optimizer):
         self, group: dict[str, Any], rates: Tensor, params: list[Tensor], grads: list[Tensor], states: list[State]
     ) -> None:
         *sizes, decay = scalars(rates)
-        bases = [self._bases(state) for state in states] if group["rank"] is not None else None
+        bases = None
+        if group["rank"] is not None:
+            bases = [self._bases(group, state, p) for p, state in zip(params, states, strict=True)]
         adamw_(group, sizes, decay, params, grads, states, bases)
 
 
