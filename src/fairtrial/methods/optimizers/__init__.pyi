@@ -5,6 +5,8 @@ from .frugal import frugal_param_groups as frugal_param_groups
 from .galore import GaLoreAdamW as GaLoreAdamW
 from .galore import GaLoreProjector as GaLoreProjector
 from .galore import galore_param_groups as galore_param_groups
+from .gradnorm_lorp import WeightNormGaLoreAdamW as WeightNormGaLoreAdamW
+from .gradnorm_lorp import gradnorm_lorp_model as gradnorm_lorp_model
 from .q_galore import Int8Linear as Int8Linear
 from .q_galore import QGaLoreAdamW as QGaLoreAdamW
 from .q_galore import dequantize_affine as dequantize_affine
