@@ -21,6 +21,17 @@ from .normalized_logistic_gd import BatchPerceptron as BatchPerceptron
 from .normalized_logistic_gd import NormalizedLogisticGD as NormalizedLogisticGD
 from .normalized_logistic_gd import margin as margin
 from .normalized_logistic_gd import worst_case as worst_case
+from .galore import GaLoreAdamW as GaLoreAdamW
+from .galore import GaLoreProjector as GaLoreProjector
+from .galore import galore_param_groups as galore_param_groups
+from .gradnorm_lorp import WeightNormGaLoreAdamW as WeightNormGaLoreAdamW
+from .gradnorm_lorp import gradnorm_lorp_model as gradnorm_lorp_model
+from .q_galore import Int8Linear as Int8Linear
+from .q_galore import QGaLoreAdamW as QGaLoreAdamW
+from .q_galore import dequantize_affine as dequantize_affine
+from .q_galore import q_galore_param_groups as q_galore_param_groups
+from .q_galore import quantize_affine as quantize_affine
+from .q_galore import with_int8_weights as with_int8_weights
 from .state_size import optimizer_state_bytes as optimizer_state_bytes
 from .tract import TrActConv2d as TrActConv2d
 from .tract import TrActLinear as TrActLinear
