@@ -12,7 +12,7 @@ from fairtrial.trial.schema import SCHEMA_VERSION
 from fairtrial.trial.store import Store, default_store
 
 NEEDED = ("torch", "numpy", "scipy", "scikit-learn", "optuna", "sqlalchemy")
-EXTRAS = {"transformers": "llm", "psycopg": "postgres", "ray": "ray", "scikit-image": "vision"}
+EXTRAS = {"transformers": "llm", "peft": "adapters", "psycopg": "postgres", "ray": "ray", "scikit-image": "vision"}
 
 
 @dataclass(frozen=True)
