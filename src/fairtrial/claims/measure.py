@@ -13,7 +13,7 @@ import numpy as np
 from fairtrial import tasks
 from fairtrial.catalog import Measurement
 from fairtrial.trial.comparison import Comparison, compare
-from fairtrial.trial.execute import Local, leave_with_parent
+from fairtrial.trial.execute import Local, leave_with_parent, one_thread
 from fairtrial.trial.statistics import mean_interval
 from fairtrial.trial.store import Store
 
@@ -47,18 +47,16 @@ class Measure:
         """`function` of each argument, in order; both must be importable by worker processes."""
         waiting = list(arguments)
         name = getattr(function, "__name__", "measuring").strip("_").replace("_", " ")
-        with ProcessPoolExecutor(self.workers, get_context("spawn"), initializer=_begin) as pool:
-            futures = [pool.submit(function, argument) for argument in waiting]
+        with ProcessPoolExecutor(self.workers, get_context("spawn"), initializer=leave_with_parent) as pool:
+            futures = [pool.submit(_alone, function, argument) for argument in waiting]
             for done, _ in enumerate(as_completed(futures), 1):
                 self.say(f"{name}: {done} of {len(waiting)}")
             return [future.result() for future in futures]
 
 
-def _begin() -> None:
-    import torch
-
-    leave_with_parent()
-    torch.set_num_threads(1)
+def _alone(function: Callable[[A], R], argument: A) -> R:
+    with one_thread():
+        return function(argument)
 
 
 def measured(name: str, values: Sequence[float], unit: str, *, paper: str = "") -> Measurement:

@@ -65,7 +65,7 @@ def carry_out(task: Task, job: Job) -> Outcome:
     worst = task.metric.worst
     watch = Watch(job.pruner, worst)
     try:
-        with _one_thread(), contextlib.redirect_stdout(sys.stderr):
+        with one_thread(), contextlib.redirect_stdout(sys.stderr):
             outcome = task.run(job.run.recipe.choices, job.run.seed, split=job.run.split, progress=watch)
         if not isinstance(outcome, Outcome):
             raise TypeError(f"the task's run must return an Outcome, got {type(outcome).__name__}")
@@ -99,7 +99,7 @@ def _in_plain_numbers(outcome: Outcome) -> Outcome:
 
 
 @contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
     """More threads would change the order of sums, and with it the figures."""
     import torch
 
