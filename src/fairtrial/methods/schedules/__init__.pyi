@@ -1,3 +1,11 @@
+from .refined_schedule import GradNormRecorder as GradNormRecorder
+from .refined_schedule import LinearDecayLR as LinearDecayLR
+from .refined_schedule import OptimizedSchedule as OptimizedSchedule
+from .refined_schedule import RefinedLR as RefinedLR
+from .refined_schedule import last_iterate_bound as last_iterate_bound
+from .refined_schedule import optimize_schedule as optimize_schedule
+from .refined_schedule import refined_schedule as refined_schedule
+from .refined_schedule import smooth_norms as smooth_norms
 from .wsd_s import WSDLR as WSDLR
 from .wsd_s import WSDSLR as WSDSLR
 from .wsd_s import CyclicCosineLR as CyclicCosineLR
