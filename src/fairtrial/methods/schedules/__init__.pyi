@@ -1,3 +1,14 @@
+from .ghost_batch_norm import GhostBatchNorm1d as GhostBatchNorm1d
+from .ghost_batch_norm import GhostBatchNorm2d as GhostBatchNorm2d
+from .ghost_batch_norm import LogFit as LogFit
+from .ghost_batch_norm import PowerFit as PowerFit
+from .ghost_batch_norm import WeightDistance as WeightDistance
+from .ghost_batch_norm import adapt_regime as adapt_regime
+from .ghost_batch_norm import convert_ghost_batchnorm as convert_ghost_batchnorm
+from .ghost_batch_norm import fit_log as fit_log
+from .ghost_batch_norm import fit_power as fit_power
+from .ghost_batch_norm import linear_lr as linear_lr
+from .ghost_batch_norm import sqrt_lr as sqrt_lr
 from .refined_schedule import GradNormRecorder as GradNormRecorder
 from .refined_schedule import LinearDecayLR as LinearDecayLR
 from .refined_schedule import OptimizedSchedule as OptimizedSchedule

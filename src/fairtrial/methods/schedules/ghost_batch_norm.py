@@ -21,7 +21,7 @@ higher rate, which the text has as an alternative, is not in the code, and not h
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -34,7 +34,6 @@ from fairtrial.methods.arguments import require
 from fairtrial.methods.registry import Integer, method
 
 Array = NDArray[np.float64]
-Batch = TypeVar("Batch", bound=Float[Tensor, "n c ..."])
 
 
 def _check_ghost_size(ghost_batch_size: int) -> None:
@@ -203,7 +202,7 @@ class WeightDistance:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._weights = [p for p in model.parameters() if p.requires_grad]
+        self._weights: list[Tensor] = [p for p in model.parameters() if p.requires_grad]
         require(len(self._weights) > 0, "model", type(model).__name__, "one with trainable parameters")
         self._start = [p.detach().clone() for p in self._weights]
         self._recorded: list[Tensor] = []
