@@ -1,3 +1,12 @@
+from .adadagrad import AdaGradNorm as AdaGradNorm
+from .adadagrad import AdaptiveBatchSampler as AdaptiveBatchSampler
+from .adadagrad import AdaptiveBatchSize as AdaptiveBatchSize
+from .adadagrad import BatchTest as BatchTest
+from .adadagrad import augmented_test as augmented_test
+from .adadagrad import coordinate_norm_test as coordinate_norm_test
+from .adadagrad import inner_product_test as inner_product_test
+from .adadagrad import norm_test as norm_test
+from .adadagrad import per_sample_gradients as per_sample_gradients
 from .batch_size_learning_rate import BatchHessianEdges as BatchHessianEdges
 from .batch_size_learning_rate import HeavyBall as HeavyBall
 from .batch_size_learning_rate import SpectralMeasure as SpectralMeasure
