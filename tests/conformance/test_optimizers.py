@@ -424,7 +424,8 @@ def test_a_wrong_state_is_refused_before_anything_changes(entry, wrong):
 @each_optimizer
 def test_a_gradient_that_is_not_finite_spoils_its_own_tensor_only(entry):
     spoilt, clean = new_model(), new_model()
-    optimizers = build(entry, spoilt), build(entry, clean)
+    apart = {"per_tensor": True} if takes(entry, "per_tensor") else {}  # one norm for all tensors would be spoilt
+    optimizers = build(entry, spoilt, **apart), build(entry, clean, **apart)
     for number in range(3):
         clean.zero_grad()
         loss_of(clean, number).backward()
