@@ -2,6 +2,13 @@ from .adamp import SGDP as SGDP
 from .adamp import AdamP as AdamP
 from .frugal import FRUGAL as FRUGAL
 from .frugal import frugal_param_groups as frugal_param_groups
+from .mezo import MeZO as MeZO
+from .mezo import direction_seed as direction_seed
+from .mezo import spsa_projected_grad as spsa_projected_grad
+from .qzo import QZO as QZO
+from .qzo import QuantizedLinear as QuantizedLinear
+from .qzo import quantize_linear_ as quantize_linear_
+from .qzo import scale_parameters as scale_parameters
 from .state_size import optimizer_state_bytes as optimizer_state_bytes
 from .tract import TrActConv2d as TrActConv2d
 from .tract import TrActLinear as TrActLinear
