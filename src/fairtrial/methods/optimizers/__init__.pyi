@@ -2,6 +2,12 @@ from .adamp import SGDP as SGDP
 from .adamp import AdamP as AdamP
 from .frugal import FRUGAL as FRUGAL
 from .frugal import frugal_param_groups as frugal_param_groups
+from .just_one_byte import FloatCodec as FloatCodec
+from .just_one_byte import InProcessCluster as InProcessCluster
+from .just_one_byte import LogCodec as LogCodec
+from .just_one_byte import ReplayLog as ReplayLog
+from .just_one_byte import SharedRandomnessWorker as SharedRandomnessWorker
+from .just_one_byte import replay as replay
 from .mezo import MeZO as MeZO
 from .mezo import direction_seed as direction_seed
 from .mezo import spsa_projected_grad as spsa_projected_grad
