@@ -15,6 +15,12 @@ from .qzo import QZO as QZO
 from .qzo import QuantizedLinear as QuantizedLinear
 from .qzo import quantize_linear_ as quantize_linear_
 from .qzo import scale_parameters as scale_parameters
+from .saf import IndexedDataset as IndexedDataset
+from .saf import MESALoss as MESALoss
+from .saf import TrajectoryLoss as TrajectoryLoss
+from .saf import mesa_teacher as mesa_teacher
+from .saf import trajectory_divergence as trajectory_divergence
+from .sam import SAM as SAM
 from .state_size import optimizer_state_bytes as optimizer_state_bytes
 from .tract import TrActConv2d as TrActConv2d
 from .tract import TrActLinear as TrActLinear
