@@ -170,6 +170,33 @@ def test_a_convex_quadratic_is_solved_within_1000_steps(entry):
 
 
 @each_optimizer
+def test_rosenbrocks_valley_is_gone_through_within_1000_steps(entry):
+    """At half the highest rate that is searched or, where steps are as long as gradients, at the lowest."""
+
+    def loss(model):
+        x, y = torch.cat([p.flatten() for p in model.parameters()]).view(2, -1)
+        return ((1 - x) ** 2 + 100 * (y - x**2) ** 2).sum()
+
+    def share_left(rate):
+        model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 2, bias=False))
+        generator = torch.Generator().manual_seed(0)
+        for p in model.parameters():
+            nn.init.normal_(p, std=0.1, generator=generator)
+        optimizer = build(entry, model, lr=rate)
+        schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=1000)
+        before = loss(model).item()
+        for _ in range(1000):
+            optimizer.zero_grad()
+            loss(model).backward()
+            optimizer.step()
+            schedule.step()
+        return loss(model).item() / before
+
+    rates = entry.load().search["lr"]
+    assert any(share_left(rate) < 0.01 for rate in (rates.high / 2, rates.low))
+
+
+@each_optimizer
 def test_a_closure_is_called_once_with_gradients_and_its_loss_returned(entry):
     models = new_model(), new_model()
     optimizers = [build(entry, model) for model in models]
@@ -424,7 +451,8 @@ def test_a_wrong_state_is_refused_before_anything_changes(entry, wrong):
 @each_optimizer
 def test_a_gradient_that_is_not_finite_spoils_its_own_tensor_only(entry):
     spoilt, clean = new_model(), new_model()
-    optimizers = build(entry, spoilt), build(entry, clean)
+    apart = {"per_tensor": True} if takes(entry, "per_tensor") else {}  # one norm for all tensors would be spoilt
+    optimizers = build(entry, spoilt, **apart), build(entry, clean, **apart)
     for number in range(3):
         clean.zero_grad()
         loss_of(clean, number).backward()

@@ -1,6 +1,7 @@
 """What every registered learning-rate schedule must do, whatever its shape."""
 
 import copy
+import math
 import pickle
 import warnings
 from types import SimpleNamespace
@@ -14,6 +15,26 @@ from fairtrial.methods.registry import index
 
 TOTAL = 60
 BASE_RATES = (0.5, 0.02)
+
+
+def in_periods(ends, decayed, shape):
+    """1, but in the last so many steps of each period the `shape` of the share of them that has been taken."""
+
+    def factor(step):
+        end, count = next((end, count) for end, count in zip(ends, decayed, strict=True) if step < end)
+        return shape((step - (end - count) + 1) / count) if step >= end - count else 1.0
+
+    return factor
+
+
+# each schedule's rate, relative to the base rate, as a function of the step in a run of TOTAL steps
+CLOSED_FORMS = {
+    "WSDSLR": in_periods([15, 30, 60], [1, 1, 3], lambda share: 1 / (1 - share + share / 0.1)),
+    "WSDLR": in_periods([60], [6], lambda share: 1 / (1 - share + share / 0.1)),
+    "CyclicCosineLR": in_periods(
+        [15, 30, 60], [15, 15, 30], lambda share: 0.1 + 0.9 * math.cos(math.pi * share / 2) ** 2
+    ),
+}
 
 schedules = pytest.mark.parametrize("entry", [e for e in index() if e.slot == "schedule"], ids=lambda e: e.name)
 
@@ -101,6 +122,13 @@ def test_a_state_dict_is_loadable_without_running_code(entry, tmp_path):
 
 
 @schedules
+def test_every_step_has_the_rate_of_the_closed_form(entry):
+    assert entry.name in CLOSED_FORMS, "write down the schedule's rates in CLOSED_FORMS"
+    expected = [[rate * CLOSED_FORMS[entry.name](number) for rate in BASE_RATES] for number in range(TOTAL)]
+    np.testing.assert_allclose(all_rates(entry), expected, rtol=1e-12)
+
+
+@schedules
 def test_the_rate_of_a_step_does_not_depend_on_how_it_was_reached(entry):
     expected = all_rates(entry)
     for start in range(1, TOTAL):
@@ -122,6 +150,34 @@ def test_it_chains_in_a_sequence(entry):
 
 
 @schedules
+def test_in_a_sequence_another_schedule_may_follow_at_any_time(entry):
+    for milestone in (1, TOTAL // 2, TOTAL):
+        optimizer = new_optimizer()
+        last = ConstantLR(optimizer, factor=0.25, total_iters=TOTAL)
+        chain = SequentialLR(optimizer, [new_schedule(entry, optimizer), last], milestones=[milestone])
+        rates = take_rates(optimizer, chain, milestone + 7)
+        np.testing.assert_allclose(rates[:milestone], all_rates(entry)[:milestone], rtol=1e-12)
+        np.testing.assert_allclose(rates[milestone:], [[0.25 * rate for rate in BASE_RATES]] * 7)
+
+
+@schedules
+def test_a_sequence_resumes_from_its_state_dict(entry):
+    def chained():
+        optimizer = new_optimizer()
+        parts = [new_schedule(entry, optimizer), new_schedule(entry, optimizer)]
+        return optimizer, SequentialLR(optimizer, parts, milestones=[TOTAL // 2])
+
+    expected = take_rates(*chained(), TOTAL)
+    for start in (0, TOTAL // 2 - 1, TOTAL // 2, TOTAL - 1):
+        optimizer, chain = chained()
+        take_rates(optimizer, chain, start)
+        fresh, resumed = chained()
+        fresh.load_state_dict(optimizer.state_dict())
+        resumed.load_state_dict(chain.state_dict())
+        assert take_rates(fresh, resumed, TOTAL - start) == expected[start:]
+
+
+@schedules
 def test_past_the_end_the_rate_stays_finite_and_warnings_do_not_pile_up(entry):
     optimizer = new_optimizer()
     scheduler = new_schedule(entry, optimizer)
@@ -130,9 +186,14 @@ def test_past_the_end_the_rate_stays_finite_and_warnings_do_not_pile_up(entry):
         take_rates(optimizer, scheduler, TOTAL)
         assert caught == []
         rates = np.array(take_rates(optimizer, scheduler, TOTAL))
-    assert len(caught) <= 1
-    assert np.isfinite(rates).all()
-    assert (rates >= 0).all()
+        assert len(caught) <= 1
+        assert np.isfinite(rates).all()
+        assert (rates >= 0).all()
+        fresh = new_optimizer()
+        resumed = new_schedule(entry, fresh)
+        fresh.load_state_dict(optimizer.state_dict())
+        resumed.load_state_dict(scheduler.state_dict())
+        assert take_rates(fresh, resumed, 5) == take_rates(optimizer, scheduler, 5)
 
 
 @schedules
