@@ -261,7 +261,7 @@ def fit_power(steps: Array, distances: Array) -> PowerFit:
 
     exponent = float(minimize_scalar(missed, bounds=(0.0, 2.0), method="bounded", options={"xatol": 1e-9}).x)
     fitted = factor(exponent) * (steps / steps[-1]) ** exponent
-    return PowerFit(exponent, factor(exponent) * steps[-1] ** -exponent, _explained(distances, fitted))
+    return PowerFit(exponent, float(factor(exponent) * steps[-1] ** -exponent), _explained(distances, fitted))
 
 
 def _explained(values: Array, fitted: Array) -> float:
