@@ -1,4 +1,4 @@
-"""What MkDocs does beyond rendering the guide: pages of papers and methods join it, and figures and equations."""
+"""What MkDocs does beyond rendering the guide: pages of papers, optimizers and methods join it, figures, equations."""
 
 from typing import Any
 
@@ -8,6 +8,7 @@ from mkdocs.structure.files import File, Files
 import api_pages
 import calibration_tables
 import maths
+import optimizer_page
 import paper_pages
 from fairtrial.catalog import FAMILIES, Catalogue
 
@@ -18,7 +19,8 @@ def on_config(config: MkDocsConfig) -> None:
     """The generated pages take their places in the navigation."""
     for section in config.nav or []:
         if "Papers" in section:
-            section["Papers"] = ["papers/index.md", {"What held up": "papers/verdicts.md"}, *_by_family(_catalogue)]
+            overviews = [{"What held up": "papers/verdicts.md"}, {"Which optimizer?": optimizer_page.ADDRESS}]
+            section["Papers"] = ["papers/index.md", *overviews, *_by_family(_catalogue)]
         if "API" in section:
             section["API"][:0] = [{"Methods": [f"api/{family}.md" for family in api_pages.families()]}]
 
@@ -29,7 +31,8 @@ def _by_family(catalogue: Catalogue) -> list[Any]:
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    for address, content in {**paper_pages.pages(_catalogue), **api_pages.pages(_catalogue)}.items():
+    makers = (paper_pages, optimizer_page, api_pages)
+    for address, content in [made for maker in makers for made in maker.pages(_catalogue).items()]:
         files.append(File.generated(config, address, content=content))
     return files
 

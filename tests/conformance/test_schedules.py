@@ -34,6 +34,7 @@ CLOSED_FORMS = {
     "CyclicCosineLR": in_periods(
         [15, 30, 60], [15, 15, 30], lambda share: 0.1 + 0.9 * math.cos(math.pi * share / 2) ** 2
     ),
+    "LinearDecayLR": lambda step: 1 - (step + 1) / TOTAL,
 }
 
 schedules = pytest.mark.parametrize("entry", [e for e in index() if e.slot == "schedule"], ids=lambda e: e.name)

@@ -1,0 +1,86 @@
+from datetime import date
+
+import optimizer_page
+import paper_pages
+from fairtrial.catalog import Catalogue, Claim, Evidence, Finding, Machine, Measurement, Paper
+from fairtrial.methods.registry import index
+
+EVIL = "<script>alert(1)</script> *a* |"
+CLAIMS = tuple(Claim(name, "It is so.", "1", "paper", protocol="try it") for name in ("better", "also", "light"))
+PAPER = Paper("adamp", "optimizers", "AdamP: A Title", date(2020, 2, 3), 1, "A summary.", "memory", CLAIMS)
+FINDINGS = (
+    Finding(
+        "better",
+        "partly",
+        "It is.",
+        (0, 1, 2),
+        measurements=(
+            Measurement("test accuracy, AdamP", 0.9, 0.8, 0.95, "fraction", paper="0.7"),
+            Measurement("test accuracy, AdamW", 0.85, None, None, "fraction"),
+            Measurement("test accuracy, AdamP above AdamW", 0.05, None, None, "fraction"),
+            Measurement("test accuracy, nothing", None, None, None, "fraction"),
+            Measurement("accuracy in float32", 0.7, None, None, "fraction"),
+            Measurement("growth of the norm, AdamP", 3.0),
+        ),
+    ),
+    Finding(
+        "also",
+        "reproduced",
+        "It is.",
+        measurements=(
+            Measurement(f"test accuracy, {EVIL}", 0.7, None, None, "fraction"),
+            Measurement("test accuracy, AdamP", 0.9, 0.8, 0.95, "fraction"),
+            Measurement("test loss, AdamP", 0.1, None, None, "nats"),
+        ),
+    ),
+    Finding(
+        "light",
+        "reproduced",
+        "It is.",
+        measurements=(
+            Measurement("test accuracy, AdamP", 0.5, None, None, "fraction"),
+            Measurement("test accuracy, SGD", 0.4, None, None, "fraction"),
+            Measurement("bytes of optimizer states, AdamP", 8.0, None, None, "bytes"),
+            Measurement("step with AdamP over AdamW's", 1.5, None, None, "ratio"),
+        ),
+    ),
+)
+
+
+def made():
+    evidence = Evidence("adamp", date(2021, 1, 1), "0" * 16, 1.0, Machine("a machine", 2, 24.0), {}, FINDINGS)
+    others = [Paper(e.paper, "optimizers", e.paper, date(2020, 2, 3), 1, "x", "memory", CLAIMS) for e in index()]
+    return Catalogue([*others, PAPER], [evidence])
+
+
+def test_what_was_measured_alike_stands_in_one_figure():
+    found = optimizer_page.figures(made())
+    assert [(figure.kind, figure.quantity, list(figure.measured)) for figure in found] == [
+        ("quality", "test accuracy", ["AdamP", "AdamW", EVIL]),
+        ("quality", "test accuracy", ["AdamP", "SGD"]),
+        ("memory", "bytes of optimizer states", ["AdamP"]),
+        ("step time", "step time", ["step with AdamP over AdamW's"]),
+    ]
+    assert [len(figure.findings) for figure in found] == [2, 1, 1, 1]
+    assert [figure.more_is_better for figure in found] == [True, True, False, False]
+
+
+def test_each_optimizer_stands_beside_its_baselines():
+    catalogue = made()
+    page = optimizer_page.pages(catalogue)[optimizer_page.ADDRESS]
+    (line,) = [line for line in page.splitlines() if line.startswith("| [AdamP]")]
+    assert "test accuracy 0.9, AdamW 0.85<br> test accuracy 0.5, SGD 0.4 |" in line
+    assert "1 partly" in line
+    assert all(f"| [{entry.name}](" in page for entry in index() if entry.slot == "optimizer")
+
+
+def test_pictures_say_what_they_show_and_nothing_gets_through():
+    page = optimizer_page.pages(made())[optimizer_page.ADDRESS]
+    assert page.count("<svg ") == 4
+    assert "AdamP: 0.9 [0.8, 0.95]; AdamW: 0.85" in page
+    assert "<script" not in page
+
+
+def test_without_evidence_the_page_says_so():
+    page = optimizer_page.page(Catalogue(dict(paper_pages.load()).values()), [])
+    assert page.count("Nothing is on record yet.") == 3
