@@ -19,7 +19,16 @@ from fairtrial import cli
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 SMALLEST = {"--trials": "1", "--seeds": "2", "--executor": "inline"}
-NOT_RUN = ("make ", "python -m pip ", "python -m venv ", "fairtrial calibrate ", "fairtrial check ", "tensorboard ")
+NOT_RUN = (
+    "make ",
+    "python -m pip ",
+    "python -m venv ",
+    "fairtrial calibrate ",
+    "fairtrial check ",
+    "tensorboard ",
+    "ray ",
+    "export ",
+)
 ELSEWHERE = ("--executor ray", "postgresql://")  # their own tests start a cluster and a server
 
 
