@@ -1,6 +1,7 @@
 """What all claims are measured with: workers, arms that are tuned alike, and paired differences."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +13,12 @@ from fairtrial.claims.measure import Measure, measured, single
 from fairtrial.claims.paired import above_zero, gaps, relative_gaps, surely_above, surely_below
 
 
+@pytest.fixture
+def importable(monkeypatch):
+    """This file, for workers."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2]))
+
+
 def threads(number: int) -> tuple[int, int, list[int]]:
     np.ones((4, 4)) @ np.ones((4, 4))
     return number, torch.get_num_threads(), [pool["num_threads"] for pool in threadpool_info()]
@@ -21,7 +28,7 @@ def refuse(number: int) -> int:
     raise ValueError(f"{number} is refused")
 
 
-def test_a_map_keeps_the_order_and_every_worker_has_one_thread_in_all_libraries() -> None:
+def test_a_map_keeps_the_order_and_every_worker_has_one_thread_in_all_libraries(importable) -> None:
     said: list[str] = []
     found = Measure(2, said.append).map(threads, range(4))
     assert [number for number, _, _ in found] == [0, 1, 2, 3]
@@ -32,7 +39,7 @@ def test_a_map_keeps_the_order_and_every_worker_has_one_thread_in_all_libraries(
     assert said[-1] == "threads: 4 of 4"
 
 
-def test_what_goes_wrong_in_a_worker_comes_out() -> None:
+def test_what_goes_wrong_in_a_worker_comes_out(importable) -> None:
     with pytest.raises(ValueError, match="7 is refused"):
         Measure(1).map(refuse, [7])
 

@@ -1,4 +1,5 @@
 import math
+from contextlib import contextmanager
 from fractions import Fraction
 from itertools import product
 from unittest.mock import patch
@@ -27,9 +28,15 @@ reals = st.floats(-100, 100, allow_subnormal=False).map(lambda x: round(x, 6))
 coarse = st.integers(-4, 4).map(lambda k: k / 10)  # accuracies: many ties, and sums that round
 
 
+@contextmanager
 def fewer_drawn():
-    """What holds of a draw holds of a smaller one, sooner."""
-    return patch.object(statistics, "DRAWN", 2**11)
+    """What holds of a draw holds of a smaller one, sooner; nobody else is to be given it."""
+    statistics._balanced_subsets.cache_clear()
+    try:
+        with patch.object(statistics, "DRAWN", 2**11):
+            yield
+    finally:
+        statistics._balanced_subsets.cache_clear()
 
 
 def by_brute_force(d):
