@@ -78,7 +78,8 @@ def of_pytorch_optimizer(name: str) -> Callable[[Optimizer], Optimizer]:
 
 
 def orthograd(like: Optimizer) -> Optimizer:
-    base = torch.optim.AdamW(transformer().parameters(), 1e-3, weight_decay=0.0, foreach=True)
+    """Around AdamW as torch makes it, like ours."""
+    base = torch.optim.AdamW(transformer().parameters(), 1e-3, weight_decay=0.0)
     return importlib.import_module("pytorch_optimizer").OrthoGrad(base)
 
 

@@ -6,6 +6,7 @@ Run as a program it is one of two processes that train together; one group of th
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,8 +16,11 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, IterableDataset
 
+from fairtrial.methods.optimizers.torch_contract import batches, descend_, with_gradient
+
 ROOT = Path(__file__).parents[2]
 STEPS, SAVED_AT = 6, 3
+REFUSAL = "does not support DTensor parameters, such as FSDP2's: it needs whole tensors"
 PROCESSES, BATCH = 2, 8  # samples of a batch, in all processes together
 
 pytestmark = pytest.mark.filterwarnings("ignore:::lightning", "ignore:::transformers")
@@ -87,7 +91,7 @@ def trained_alone(entry):
 
 @pytest.fixture(scope="module")
 def together(tmp_path_factory):
-    """What both processes have come to, by optimizer."""
+    """What both processes have come to, by the way they share work and by optimizer."""
     folder = tmp_path_factory.mktemp("together")
     environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
     command = [sys.executable, __file__, str(folder)]
@@ -104,20 +108,69 @@ def together(tmp_path_factory):
 def test_two_processes_that_share_a_batch_come_to_what_one_does(entry, together):
     alone = trained_alone(entry)
     for found in together:
-        torch.testing.assert_close(found[entry.name], alone, rtol=1e-8, atol=1e-10)
+        torch.testing.assert_close(found["DDP"][entry.name], alone, rtol=1e-8, atol=1e-10)
+
+
+@each_optimizer
+def test_sharded_parameters_are_trained_as_whole_ones_or_refused(entry, together):
+    alone = trained_alone(entry)
+    for found in together:
+        match found["FSDP2"][entry.name]:
+            case str(refusal):
+                assert refusal == f"RuntimeError: {entry.name} {REFUSAL}"
+            case end:
+                torch.testing.assert_close(end, alone, rtol=1e-8, atol=1e-10)
+
+
+def test_an_elementwise_step_is_taken_on_shards(together):
+    net = new_net()
+    train(net, Momentum(net.parameters()))
+    for found in together:
+        torch.testing.assert_close(found["FSDP2"]["Momentum"], net.state_dict(), rtol=1e-8, atol=1e-10)
+
+
+class Momentum(torch.optim.Optimizer):
+    """Of what the family's optimizers share."""
+
+    def __init__(self, params):
+        super().__init__(params, {"lr": 0.1})
+
+    @torch.no_grad()
+    def step(self):
+        for group, (params, grads) in zip(self.param_groups, with_gradient(self, elementwise=True), strict=True):
+            buffers = [self.state[p].setdefault("momentum_buffer", torch.zeros_like(p)) for p in params]
+            for shards, slopes, moving in batches(params, grads, buffers, foreach=True):
+                torch._foreach_lerp_(moving, slopes, 0.5)
+                descend_(shards, moving, group["lr"])
 
 
 def train_together(folder, rank):
     from torch import distributed
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
     from torch.nn.parallel import DistributedDataParallel
 
     distributed.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=PROCESSES)
+    mesh = init_device_mesh("cpu", (PROCESSES,))
     share = slice(rank, None, PROCESSES)
-    found = {}
+    found = {"DDP": {}, "FSDP2": {}}
+
+    def train_sharded(name, make):
+        net = new_net()
+        for layer in (*net.hidden, net):
+            fully_shard(layer, mesh=mesh)
+        try:
+            train(net, make(net), share)
+            found["FSDP2"][name] = {key: p.full_tensor() for key, p in net.state_dict().items()}
+        except Exception as error:
+            found["FSDP2"][name] = f"{type(error).__name__}: {error}"
+
     for entry in OPTIMIZERS:
         replicated = DistributedDataParallel(new_net())
         train(replicated, build(entry, replicated.module), share)
-        found[entry.name] = replicated.module.state_dict()
+        found["DDP"][entry.name] = replicated.module.state_dict()
+        train_sharded(entry.name, partial(build, entry))
+    train_sharded("Momentum", lambda net: Momentum(net.parameters()))
     torch.save(found, f"{folder}/{rank}.pt")
     distributed.destroy_process_group()
 

@@ -93,7 +93,7 @@ class DiffGrad(Optimizer):
     @_disable_dynamo
     def _gather(self) -> list[tuple[dict[str, Any], Float[Tensor, "1"], tuple[list[Tensor], ...]]]:
         gathered = []
-        for group, (params, grads) in zip(self.param_groups, with_gradient(self), strict=True):
+        for group, (params, grads) in zip(self.param_groups, with_gradient(self, elementwise=True), strict=True):
             for p in params:
                 if not self.state[p]:
                     previous = torch.zeros_like(p, memory_format=torch.preserve_format)

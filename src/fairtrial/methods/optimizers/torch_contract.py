@@ -28,11 +28,17 @@ def evaluate(closure: Callable[[], Any] | None) -> Any:
         return closure()
 
 
-def with_gradient(optimizer: torch.optim.Optimizer) -> list[tuple[list[Tensor], list[Tensor]]]:
+def with_gradient(
+    optimizer: torch.optim.Optimizer, *, elementwise: bool = False
+) -> list[tuple[list[Tensor], list[Tensor]]]:
     """The parameters of each group that have a gradient and at least one element, and their gradients.
 
+    Args:
+        optimizer: the one that takes a step.
+        elementwise: whether no element of an update depends on another, so that a process may update its shards alone.
+
     Raises:
-        RuntimeError: a gradient is sparse or complex.
+        RuntimeError: a gradient is sparse or complex, or a parameter is a DTensor and the step is not elementwise.
     """
     found = []
     for group in optimizer.param_groups:
@@ -42,17 +48,33 @@ def with_gradient(optimizer: torch.optim.Optimizer) -> list[tuple[list[Tensor], 
                 raise RuntimeError(f"{type(optimizer).__name__} does not support sparse gradients ({grad.layout})")
             if p.is_complex():
                 raise RuntimeError(f"{type(optimizer).__name__} does not support complex parameters ({p.dtype})")
+            if is_dtensor(p) and not elementwise:
+                refusal = f"{type(optimizer).__name__} does not support DTensor parameters"
+                raise RuntimeError(f"{refusal}, such as FSDP2's: it needs whole tensors")
         found.append(([p for p, _ in pairs], [grad for _, grad in pairs]))
     return found
 
 
 def batches(*lists: list[Tensor], foreach: bool) -> Iterator[tuple[list[Tensor], ...]]:
-    """Split parallel lists by device and dtype of the first; without `foreach` every tensor is a batch of its own."""
+    """Split parallel lists by device and dtype of the first; without `foreach` every tensor is a batch of its own.
+
+    DTensors are handed on as the shards of this process, which share their memory.
+    """
     indices: dict[Any, list[int]] = {}
     for i, p in enumerate(lists[0]):
         indices.setdefault((p.device, p.dtype) if foreach else i, []).append(i)
     for chosen in indices.values():
-        yield tuple([tensors[i] for i in chosen] for tensors in lists)
+        yield tuple([shard_of(tensors[i]) for i in chosen] for tensors in lists)
+
+
+def is_dtensor(tensor: Tensor) -> bool:
+    """Told by what only DTensors have: their module takes longer to import than torch's optimizers."""
+    return hasattr(tensor, "to_local")
+
+
+def shard_of(tensor: Tensor) -> Tensor:
+    """What this process holds of a DTensor; any other tensor as it is."""
+    return tensor.to_local() if is_dtensor(tensor) else tensor
 
 
 def scalars(values: Float[Tensor, " n"]) -> list[Any]:
