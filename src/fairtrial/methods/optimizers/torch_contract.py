@@ -74,7 +74,7 @@ def is_dtensor(tensor: Tensor) -> bool:
 
 def shard_of(tensor: Tensor) -> Tensor:
     """What this process holds of a DTensor; any other tensor as it is."""
-    return tensor.to_local() if is_dtensor(tensor) else tensor
+    return tensor.to_local() if is_dtensor(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def scalars(values: Float[Tensor, " n"]) -> list[Any]:
