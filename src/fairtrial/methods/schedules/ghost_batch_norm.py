@@ -29,6 +29,7 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from scipy.optimize import minimize_scalar
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from fairtrial.methods.arguments import require
 from fairtrial.methods.registry import Integer, method
@@ -41,25 +42,8 @@ def _check_ghost_size(ghost_batch_size: int) -> None:
     require(whole, "ghost_batch_size", ghost_batch_size, "a whole number of at least 2")
 
 
-def _ghosts(input: Float[Tensor, "n *rest"], ghost_batch_size: int) -> tuple[Tensor, ...]:
-    return input.tensor_split(max(1, len(input) // ghost_batch_size))
-
-
-class GhostBatchNorm1d(nn.BatchNorm1d):
-    """`nn.BatchNorm1d` that in training normalises every part of about `ghost_batch_size` samples by itself.
-
-    Inputs are of shape (n, c) or (n, c, length). A batch of n samples has max(1, ⌊n / ghost_batch_size⌋) parts of
-    consecutive samples; their sizes differ by at most one. Fewer than twice the ghost size are one part: ordinary batch
-    normalisation, as is evaluation. Running statistics, also cumulative ones, go through the parts in order.
-
-    Args:
-        num_features: c.
-        ghost_batch_size: samples in a part, at least 2; the authors take 128.
-        eps, momentum, affine, track_running_stats: as in `nn.BatchNorm1d`.
-
-    Raises:
-        ValueError: the ghost size is below 2, or in training there is a single value for each feature.
-    """
+class _GhostBatchNorm(_BatchNorm):
+    """What both have in common; what else is a batch normalisation's is its second base's."""
 
     def __init__(
         self,
@@ -77,38 +61,35 @@ class GhostBatchNorm1d(nn.BatchNorm1d):
     def forward(self, input: Float[Tensor, "n c ..."]) -> Float[Tensor, "n c ..."]:
         if not self.training:
             return super().forward(input)
-        return torch.cat([super(GhostBatchNorm1d, self).forward(x) for x in _ghosts(input, self.ghost_batch_size)])
+        parts = input.tensor_split(max(1, len(input) // self.ghost_batch_size))
+        return torch.cat([super(_GhostBatchNorm, self).forward(x) for x in parts])
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, ghost_batch_size={self.ghost_batch_size}"
 
 
-class GhostBatchNorm2d(nn.BatchNorm2d):
+class GhostBatchNorm1d(_GhostBatchNorm, nn.BatchNorm1d):
+    """`nn.BatchNorm1d` that in training normalises every part of about `ghost_batch_size` samples by itself.
+
+    Inputs are of shape (n, c) or (n, c, length). A batch of n samples has max(1, ⌊n / ghost_batch_size⌋) parts of
+    consecutive samples; their sizes differ by at most one. Fewer than twice the ghost size are one part: ordinary batch
+    normalisation, as is evaluation. Running statistics, also cumulative ones, go through the parts in order.
+
+    Args:
+        num_features: c.
+        ghost_batch_size: samples in a part, at least 2; the authors take 128.
+        eps, momentum, affine, track_running_stats: as in `nn.BatchNorm1d`.
+
+    Raises:
+        ValueError: the ghost size is below 2, or in training there is a single value for each feature.
+    """
+
+
+class GhostBatchNorm2d(_GhostBatchNorm, nn.BatchNorm2d):
     """`nn.BatchNorm2d`, of inputs (n, c, height, width), that does as `GhostBatchNorm1d`."""
 
-    def __init__(
-        self,
-        num_features: int,
-        ghost_batch_size: int = 128,
-        eps: float = 1e-5,
-        momentum: float | None = 0.1,
-        affine: bool = True,
-        track_running_stats: bool = True,
-    ) -> None:
-        _check_ghost_size(ghost_batch_size)
-        super().__init__(num_features, eps, momentum, affine, track_running_stats)
-        self.ghost_batch_size = ghost_batch_size
 
-    def forward(self, input: Float[Tensor, "n c h w"]) -> Float[Tensor, "n c h w"]:
-        if not self.training:
-            return super().forward(input)
-        return torch.cat([super(GhostBatchNorm2d, self).forward(x) for x in _ghosts(input, self.ghost_batch_size)])
-
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, ghost_batch_size={self.ghost_batch_size}"
-
-
-_GHOSTS: dict[type[nn.Module], type[GhostBatchNorm1d] | type[GhostBatchNorm2d]] = {
+_GHOSTS: dict[type[nn.Module], type[_GhostBatchNorm]] = {
     nn.BatchNorm1d: GhostBatchNorm1d,
     GhostBatchNorm1d: GhostBatchNorm1d,
     nn.BatchNorm2d: GhostBatchNorm2d,
