@@ -135,8 +135,11 @@ def contestant(name: str, optimizer: Optimizer) -> Contestant:
 def taken(contestants: Sequence[Contestant]) -> list[list[float]]:
     """Seconds of each one's step in every turn, after the turns of one interval."""
     rows: list[list[float]] = [[] for _ in contestants]
+    given = [[(p, p.grad) for group in c.optimizer.param_groups for p in group["params"]] for c in contestants]
     for turn in range(-EVERY, TURNS):
         for place in sorted(range(len(contestants)), reverse=turn % 2 == 0):
+            for p, grad in given[place]:  # heavyball takes them away
+                p.grad = grad
             took = seconds(contestants[place].optimizer.step, 1)
             if turn >= 0:
                 rows[place].append(took)

@@ -19,7 +19,8 @@ from torch.nn import functional as F
 
 from fairtrial.methods.registry import index
 
-OPTIMIZERS = [entry for entry in index() if entry.slot == "optimizer"]
+# those of other packages are as their makers want them
+OPTIMIZERS = [entry for entry in index() if entry.slot == "optimizer" and not entry.module.endswith(".packages")]
 BATCHES = 4
 # optimizers that may stop where no minimum is, and why
 STOP_ELSEWHERE = {"OrthoGrad": "it stops where each gradient lies along its tensor"}

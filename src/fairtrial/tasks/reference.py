@@ -31,6 +31,7 @@ _shipped = {
     "thin-structures": "thin_structures",
     "thin-structures-noisy": "thin_structures",
     "modular-addition": "modular_addition",
+    "separable": "separable",
 }
 
 

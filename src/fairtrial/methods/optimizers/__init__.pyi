@@ -35,6 +35,16 @@ from .normalized_logistic_gd import BatchPerceptron as BatchPerceptron
 from .normalized_logistic_gd import NormalizedLogisticGD as NormalizedLogisticGD
 from .normalized_logistic_gd import margin as margin
 from .normalized_logistic_gd import worst_case as worst_case
+from .packages import MARS as MARS
+from .packages import SCION as SCION
+from .packages import SOAP as SOAP
+from .packages import AdamWScheduleFree as AdamWScheduleFree
+from .packages import DAdaptAdam as DAdaptAdam
+from .packages import Kron as Kron
+from .packages import Lion as Lion
+from .packages import Muon as Muon
+from .packages import NAdamW as NAdamW
+from .packages import muon_param_groups as muon_param_groups
 from .q_galore import Int8Linear as Int8Linear
 from .q_galore import QGaLoreAdamW as QGaLoreAdamW
 from .q_galore import dequantize_affine as dequantize_affine
