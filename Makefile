@@ -2,7 +2,7 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test fuzz lint docs clean
+.PHONY: demo test models fuzz lint docs clean
 
 demo: $(VENV)/.installed
 	$(BIN)/fairtrial compare digits \
@@ -11,7 +11,11 @@ demo: $(VENV)/.installed
 		batch=NoTransform,DecoupledMixup --seeds 14
 
 test: $(VENV)/.installed-dev lint
+	-$(BIN)/fairtrial models --all
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
+
+models: $(VENV)/.installed-dev
+	$(BIN)/fairtrial models --all
 
 fuzz: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 FUZZ_EXAMPLES=$(or $(EXAMPLES),10000) $(BIN)/pytest -n 2 -m fuzz

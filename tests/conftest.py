@@ -1,5 +1,6 @@
 """The test run checks the shapes and types of every method's tensors at every call."""
 
+import os
 import signal
 import threading
 
@@ -21,3 +22,32 @@ def postgres():
     server.start()
     yield server
     server.remove()
+
+
+def loaded(name):
+    """A model that tasks start from; where it cannot be had its tests are skipped, unless REQUIRE_MODELS is set."""
+    from fairtrial.tasks import models
+
+    if not models.is_there(name):
+        (pytest.fail if os.environ.get("REQUIRE_MODELS") else pytest.skip)(
+            f"the model {name!r} is not on this machine: make models"
+        )
+    return models.load(name)
+
+
+@pytest.fixture(scope="session")
+def smollm2():
+    """SmolLM2 and its tokenizer; not to be changed."""
+    return loaded("smollm2")
+
+
+@pytest.fixture(scope="session")
+def small_gpt():
+    """The small language model of bytes and its tokenizer; not to be changed."""
+    return loaded("small-gpt")
+
+
+@pytest.fixture(scope="session")
+def minilm():
+    """The encoder of sentences and its tokenizer; not to be changed."""
+    return loaded("minilm")

@@ -191,6 +191,42 @@ GpusPerRun = Annotated[float | None, typer.Option(help="GPUs that Ray keeps for 
 
 
 @app.command()
+def models(
+    names: Annotated[list[str] | None, typer.Argument(help="Models to get or make, unless they are there.")] = None,
+    everything: Annotated[bool, typer.Option("--all", help="Get and make all of them.")] = False,
+    as_json: Json = False,
+) -> None:
+    """List the models that tasks start from, or get and make them; they are kept in the user's cache."""
+    from fairtrial.tasks import models as known
+
+    for name in known.SOURCES if everything else names or ():
+        with redirect_stdout(sys.stderr), _status(name) as report:
+            known.make(name, report)
+    if as_json:
+        _print_json(
+            [
+                {
+                    "name": name,
+                    "about": source.about,
+                    "there": known.is_there(name),
+                    "folder": str(known.folder_of(name)),
+                }
+                for name, source in known.SOURCES.items()
+            ]
+        )
+        return
+    from rich.text import Text
+
+    from fairtrial.report.tables import table
+
+    made = table("model", "what it is", "where")
+    for name, source in known.SOURCES.items():
+        where = str(known.folder_of(name)) if known.is_there(name) else f"missing: fairtrial models {name}"
+        made.add_row(name, Text(source.about), Text(where, overflow="fold"))
+    _console().print(made)
+
+
+@app.command()
 def compare(
     task: TaskArgument,
     choices: ChoicesArgument,

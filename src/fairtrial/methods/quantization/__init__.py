@@ -1,0 +1,5 @@
+"""Fewer bits for weights and activations: post-training quantisers, quantisation-aware training, packed layers."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

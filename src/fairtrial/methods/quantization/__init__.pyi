@@ -1,0 +1,14 @@
+from .hadamard import hadamard_matrix as hadamard_matrix
+from .hadamard import hadamard_transform as hadamard_transform
+from .packing import CPUInt4Linear as CPUInt4Linear
+from .packing import PackedLinear as PackedLinear
+from .packing import pack as pack
+from .packing import packed_layers as packed_layers
+from .packing import unpack as unpack
+from .quantize import Found as Found
+from .quantize import RoundToNearest as RoundToNearest
+from .quantize import average_bits as average_bits
+from .quantize import for_inference_ as for_inference_
+from .quantize import quantize_ as quantize_
+from .storage import load_packed_ as load_packed_
+from .storage import save_packed as save_packed

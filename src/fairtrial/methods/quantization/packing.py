@@ -1,0 +1,200 @@
+"""Integers of 1 to 8 bits in bytes, and a linear layer that holds its weights so.
+
+Codes are packed row by row, the first code in the lowest bits. Where 8 is a multiple of the bits, a byte holds whole
+codes; else 8 codes lie in as many bytes as they have bits.
+"""
+
+import math
+from collections.abc import Iterator
+
+import torch
+from jaxtyping import Float, Int, UInt8
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fairtrial.methods.arguments import require
+
+
+def packed_width(n: int, bits: int) -> int:
+    """Bytes of a row of `n` codes."""
+    return math.ceil(n * bits / 8) if 8 % bits == 0 else math.ceil(n / 8) * bits
+
+
+def pack(codes: UInt8[Tensor, "rows n"], bits: int) -> UInt8[Tensor, "rows w"]:
+    """The codes in as few bytes as hold them; rows that do not fill their bytes end in zeros.
+
+    Args:
+        codes: whole numbers below 2^bits.
+        bits: of a code, from 1 to 8.
+
+    Raises:
+        ValueError: `bits` is out of range, or a code does not fit.
+    """
+    require(1 <= bits <= 8, "bits", bits, "from 1 to 8")
+    if codes.numel() and int(codes.max()) >= 2**bits:
+        raise ValueError(f"codes of {bits} bits must be below {2**bits}, got {int(codes.max())}")
+    if bits == 8:
+        return codes.contiguous()
+    per = 8 // bits if 8 % bits == 0 else 8
+    rows, n = codes.shape
+    together = F.pad(codes, (0, -n % per)).view(rows, -1, per)
+    if 8 % bits == 0:
+        shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=codes.device)
+        return torch.sum(together << shifts, -1, dtype=torch.uint8)
+    shifts = torch.arange(per, device=codes.device) * bits
+    words = (together.long() << shifts).sum(-1)
+    places = 8 * torch.arange(bits, device=codes.device)
+    return torch.bitwise_and(words[..., None] >> places, 255).to(torch.uint8).flatten(1)
+
+
+def unpack(packed: UInt8[Tensor, "rows w"], bits: int, n: int) -> UInt8[Tensor, "rows n"]:
+    """The first `n` codes of every row.
+
+    Raises:
+        ValueError: `bits` is out of range, or the rows are not as long as `n` codes are.
+    """
+    require(1 <= bits <= 8, "bits", bits, "from 1 to 8")
+    width = packed_width(n, bits)
+    require(packed.shape[1] == width, "packed", tuple(packed.shape), f"of width {width}, for {n} codes of {bits} bits")
+    if bits == 8:
+        return packed
+    if 8 % bits == 0:
+        shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=packed.device)
+        return torch.bitwise_and(packed[..., None] >> shifts, 2**bits - 1).flatten(1)[:, :n].contiguous()
+    bytes_ = packed.view(len(packed), -1, bits).long()
+    words = (bytes_ << (8 * torch.arange(bits, device=packed.device))).sum(-1)
+    places = bits * torch.arange(8, device=packed.device)
+    codes = torch.bitwise_and(words[..., None] >> places, 2**bits - 1)
+    return codes.to(torch.uint8).flatten(1)[:, :n].contiguous()
+
+
+class PackedLinear(nn.Module):
+    """A linear layer whose weights are packed codes: Ŵ = scale · code + offset, in groups along the input.
+
+    Some weights may be kept as they are, by their place; they take the place of what their codes stand for.
+
+    Args:
+        codes: whole numbers below 2^bits.
+        scale: one for each group of a row; negative ones are allowed.
+        offset: what the code 0 stands for. With a zero point z it is -scale · z.
+        bits: of a code, from 1 to 8.
+        bias: of the layer.
+        kept: flat places of the weights that are kept, in rising order, and their values.
+
+    Raises:
+        ValueError: shapes do not fit each other, or a code does not fit its bits.
+    """
+
+    bits: int
+    bias: Tensor | None
+    packed: Tensor
+    scale: Tensor
+    offset: Tensor
+    kept_at: Tensor | None
+    kept: Tensor | None
+
+    def __init__(
+        self,
+        codes: UInt8[Tensor, "o i"],
+        scale: Float[Tensor, "o g"],
+        offset: Float[Tensor, "o g"],
+        bits: int,
+        bias: Float[Tensor, " o"] | None = None,
+        *,
+        kept: tuple[Int[Tensor, " k"], Float[Tensor, " k"]] | None = None,
+    ) -> None:
+        super().__init__()
+        self.out_features, self.in_features = codes.shape
+        self.bits, self.groups = bits, scale.shape[1]
+        group_size(self.in_features, self.in_features // self.groups if self.groups else 0)
+        self.register_buffer("packed", pack(codes, bits))
+        self.register_buffer("scale", scale.contiguous())
+        self.register_buffer("offset", offset.contiguous())
+        self.register_buffer("bias", None if bias is None else bias.detach().clone())
+        places, values = kept if kept is not None else (None, None)
+        self.register_buffer("kept_at", None if places is None else places.to(torch.int32))
+        self.register_buffer("kept", values)
+
+    def codes(self) -> UInt8[Tensor, "o i"]:
+        """The codes, a byte each."""
+        return unpack(self.packed, self.bits, self.in_features)
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Float[Tensor, "o i"]:
+        """The weights that the codes stand for."""
+        grouped = self.codes().view(self.out_features, self.groups, -1).to(dtype)
+        weight = torch.addcmul(self.offset.to(dtype)[..., None], grouped, self.scale.to(dtype)[..., None])
+        if self.kept_at is not None and self.kept is not None:
+            weight.view(-1)[self.kept_at.long()] = self.kept.to(dtype)
+        return weight.view(self.out_features, self.in_features)
+
+    def forward(self, x: Float[Tensor, "*b i"]) -> Float[Tensor, "*b o"]:
+        return F.linear(x, self.dequantize(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+
+    def bits_per_weight(self) -> float:
+        """All that is held beside the bias, scales, offsets and kept weights included."""
+        held = [b for name, b in self.named_buffers() if name != "bias"]
+        return 8 * sum(b.numel() * b.element_size() for b in held) / (self.out_features * self.in_features)
+
+    def extra_repr(self) -> str:
+        text = f"{self.in_features}, {self.out_features}, bits={self.bits}, groups={self.groups}"
+        return text if self.kept is None else f"{text}, kept={len(self.kept)}"
+
+
+class CPUInt4Linear(nn.Module):
+    """A `PackedLinear` of 4 bits in the layout of PyTorch's CPU kernel, which never unpacks the weights to memory.
+
+    It computes in bfloat16, for which alone the kernel is fast (several times as fast as float32 weights for a single
+    row), whatever the dtype of input and output. It takes as many bytes as the packed layer and cannot be saved.
+
+    Args:
+        packed: a layer of 4 bits without kept weights, on the CPU, in groups of 32, 64, 128 or 256 and with a multiple
+            of 16 outputs.
+
+    Raises:
+        ValueError: the layer is not like that.
+    """
+
+    weight: Tensor
+    scale_and_zero: Tensor
+    bias: Tensor | None
+
+    def __init__(self, packed: PackedLinear) -> None:
+        super().__init__()
+        if not cpu_kernel_takes(packed):
+            raise ValueError(f"PyTorch's kernel for 4 bits on the CPU does not take PackedLinear({packed})")
+        self.in_features, self.out_features = packed.in_features, packed.out_features
+        self.group_size = packed.in_features // packed.groups
+        weight = torch._convert_weight_to_int4pack_for_cpu(packed.codes().int(), 1)
+        self.register_buffer("weight", weight, persistent=False)
+        # the kernel's own form is scale · (code - 8) + zero, groups first
+        scale, offset = packed.scale.float(), packed.offset.float()
+        both = torch.stack([scale.t(), (offset + 8 * scale).t()], -1)
+        self.register_buffer("scale_and_zero", both.bfloat16().contiguous(), persistent=False)
+        self.register_buffer("bias", packed.bias, persistent=False)
+
+    def forward(self, x: Float[Tensor, "*b i"]) -> Float[Tensor, "*b o"]:
+        rows = x.reshape(-1, self.in_features).bfloat16()
+        y = torch._weight_int4pack_mm_for_cpu(rows, self.weight, self.group_size, self.scale_and_zero).to(x.dtype)
+        return (y if self.bias is None else y + self.bias.to(x.dtype)).view(*x.shape[:-1], self.out_features)
+
+
+def cpu_kernel_takes(layer: PackedLinear) -> bool:
+    """Whether `CPUInt4Linear` can be made of a layer."""
+    fits = layer.bits == 4 and layer.in_features // layer.groups in (32, 64, 128, 256) and layer.out_features % 16 == 0
+    return fits and layer.kept is None and layer.packed.device.type == "cpu"
+
+
+def packed_layers(model: nn.Module) -> Iterator[tuple[str, PackedLinear]]:
+    """The packed layers of a model, by name."""
+    yield from ((name, module) for name, module in model.named_modules() if isinstance(module, PackedLinear))
+
+
+def group_size(width: int, asked: int) -> int:
+    """The size of groups along an input of that width; -1 asks for the whole row.
+
+    Raises:
+        ValueError: it does not divide the width.
+    """
+    size = width if asked == -1 else asked
+    require(size >= 1 and width % size == 0, "group_size", asked, f"-1 or a divisor of the layer's input width {width}")
+    return size

@@ -1,0 +1,443 @@
+"""Quantise a model in place, one layer after the other, as `torchao.quantize_` does, with calibration data.
+
+A configuration says how a layer is quantised: an object with `quantize(name, layer, found)`, which returns the layer
+that takes its place, and with what it wants to know of the layer's inputs in `wants`. Where a model is a chain of
+blocks, as transformers are, calibration data flow through it block by block: a layer sees the inputs that the quantised
+blocks before it give, and no more than one block's statistics are held at once. Other models are run once per layer.
+"""
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from fairtrial.methods.arguments import require
+from fairtrial.methods.quantization.packing import (
+    CPUInt4Linear,
+    PackedLinear,
+    cpu_kernel_takes,
+    group_size,
+    packed_layers,
+)
+
+Batch = Tensor | Mapping[str, Tensor] | Sequence[Tensor]
+Want = Literal["hessian", "inputs", "float inputs"]
+
+
+@dataclass
+class Found:
+    """What calibration found out about a layer.
+
+    Attributes:
+        hessian: mean of x xᵀ over the rows x of the layer's input, in float64, if wanted.
+        inputs: those rows, if wanted.
+        float_inputs: the rows at the same places in the model that nothing is quantised in, if wanted.
+        prepared: what the configuration's `prepare` returned for this layer.
+    """
+
+    hessian: Float[Tensor, "i i"] | None = None
+    inputs: Float[Tensor, "n i"] | None = None
+    float_inputs: Float[Tensor, "n i"] | None = None
+    prepared: Any = None
+
+
+@runtime_checkable
+class Config(Protocol):
+    """How layers are quantised. It may also have `prepare(model, calibration)`, which is asked first, with the whole
+    model as it was, and returns what each layer's `found.prepared` is to be, by name; and
+    `finish(block, inputs, targets)`, asked after every quantised block of a chain, with a list of calls (args, kwargs)
+    and the outputs of the block as it was.
+    """
+
+    wants: frozenset[Want]
+
+    def quantize(self, name: str, layer: nn.Linear, found: Found) -> nn.Module: ...
+
+
+def quantize_(
+    model: nn.Module,
+    config: Any,
+    calibration: Iterable[Batch] = (),
+    *,
+    skip: Sequence[str] = ("lm_head",),
+    progress: Callable[[str], None] = lambda name: None,
+) -> nn.Module:
+    """Quantise the linear layers of a model in place; returns the model.
+
+    Args:
+        model: any module with `nn.Linear`s; it is put into evaluation mode.
+        config: how, such as `RoundToNearest(bits=4)`.
+        calibration: batches to run the model on: tensors, mappings of keyword arguments, or sequences of arguments.
+        skip: names of layers that are left alone, whole or their last part.
+        progress: told the name of every layer that is done.
+
+    Raises:
+        ValueError: there is nothing to quantise, the model has been quantised before, a layer shares its weights,
+            calibration data are missing or not finite, or the configuration refuses a layer; nothing is changed then.
+            Also if calibration data never reach a layer, which may be found after others have been quantised.
+    """
+    names = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and not _skipped(n, skip)]
+    done = next(packed_layers(model), None)
+    if done is not None:
+        raise ValueError(f"the model has been quantised already: {done[0]} is packed")
+    if not names:
+        raise ValueError("the model has no linear layer to quantise" + (f" but {', '.join(skip)}" if skip else ""))
+    shared = _shared_weights(model, names)
+    if shared:
+        raise ValueError(f"{shared} shares its weights with another module, which quantising would part: skip it")
+    batches = list(calibration)
+    for number, batch in enumerate(batches):
+        _check_finite(batch, number)
+    check: Callable[[str, nn.Module], None] | None = getattr(config, "check", None)
+    if check is not None:
+        for name in names:
+            check(name, model.get_submodule(name))
+    prepare = getattr(config, "prepare", None)
+    if (config.wants or prepare is not None) and not batches:
+        raise ValueError(f"{type(config).__name__} needs calibration data, got none")
+    model.eval()
+    prepared = prepare(model, batches, names) if prepare is not None else {}
+
+    def replace(name: str, found: Found) -> None:
+        found.prepared = prepared.get(name)
+        new = config.quantize(name, model.get_submodule(name), found)
+        parent, _, last = name.rpartition(".")
+        setattr(model.get_submodule(parent), last, new)
+        progress(name)
+
+    chain = chain_of_blocks(model)
+    if not config.wants and not hasattr(config, "finish"):
+        for name in names:
+            replace(name, Found())
+    elif chain is not None:
+        _through_chain(model, *chain, config, batches, names, replace)
+    else:
+        _layer_by_layer(model, config, batches, names, replace)
+    return model
+
+
+def _skipped(name: str, skip: Sequence[str]) -> bool:
+    return any(name == each or name.endswith(f".{each}") for each in skip)
+
+
+def _shared_weights(model: nn.Module, names: Sequence[str]) -> str | None:
+    """A layer to be quantised whose weights another module has too."""
+    owners: dict[Tensor, int] = {}
+    for module in model.modules():
+        for p in module.parameters(recurse=False):
+            owners[p] = owners.get(p, 0) + 1
+    return next((n for n in names if owners[model.get_submodule(n).get_parameter("weight")] > 1), None)
+
+
+def _check_finite(batch: Batch, number: int) -> None:
+    tensors = [batch] if isinstance(batch, Tensor) else batch.values() if isinstance(batch, Mapping) else batch
+    for tensor in tensors:
+        if isinstance(tensor, Tensor) and not tensor.isfinite().all():
+            raise ValueError(f"batch {number} of the calibration data has values that are not finite")
+
+
+@torch.no_grad()
+def run(model: nn.Module, batch: Batch) -> Any:
+    """The model's output for a batch of calibration data."""
+    if isinstance(batch, Tensor):
+        return model(batch)
+    return model(**batch) if isinstance(batch, Mapping) else model(*batch)
+
+
+# Statistics --------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Watch:
+    """Gathers what is wanted of the inputs of some layers while they are called."""
+
+    layers: Mapping[str, nn.Module]
+    wants: frozenset[Want]
+    rows: dict[str, list[Tensor]] = field(default_factory=dict)
+    sums: dict[str, Tensor] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)
+    _stack: ExitStack = field(default_factory=ExitStack)
+
+    def __enter__(self) -> "Watch":
+        for name, layer in self.layers.items():
+            handle = layer.register_forward_pre_hook(lambda module, args, name=name: self._see(name, args[0]))
+            self._stack.callback(handle.remove)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stack.close()
+
+    def _see(self, name: str, x: Tensor) -> None:
+        rows = x.detach().reshape(-1, x.shape[-1])
+        if "hessian" in self.wants:
+            wide = rows.double()
+            self.sums[name] = self.sums.get(name, 0) + wide.t() @ wide
+        if self.wants & {"inputs", "float inputs"}:
+            self.rows.setdefault(name, []).append(rows)
+        self.counts[name] = self.counts.get(name, 0) + len(rows)
+
+    def found(self, name: str) -> Found:
+        if not self.counts.get(name):
+            raise ValueError(f"the calibration data never reach the layer {name}")
+        hessian = self.sums.pop(name) / self.counts[name] if name in self.sums else None
+        inputs = torch.cat(self.rows.pop(name)) if name in self.rows else None
+        if (hessian is not None and not hessian.isfinite().all()) or (
+            inputs is not None and not inputs.isfinite().all()
+        ):
+            raise ValueError(f"the inputs of the layer {name} are not finite on the calibration data")
+        return Found(hessian, inputs)
+
+
+def _layer_by_layer(
+    model: nn.Module,
+    config: Config,
+    batches: Sequence[Batch],
+    names: Sequence[str],
+    replace: Callable[[str, Found], None],
+) -> None:
+    floats: dict[str, Tensor] = {}
+    if "float inputs" in config.wants:
+        with Watch({name: model.get_submodule(name) for name in names}, frozenset({"inputs"})) as watch:
+            for batch in batches:
+                run(model, batch)
+        floats = {name: torch.cat(rows) for name, rows in watch.rows.items()}
+    for name in _in_order(model, batches[0], names):
+        with Watch({name: model.get_submodule(name)}, config.wants) as watch:
+            for batch in batches:
+                run(model, batch)
+        found = watch.found(name)
+        found.float_inputs = floats.pop(name, None)
+        replace(name, found)
+
+
+def _in_order(model: nn.Module, batch: Batch, names: Sequence[str]) -> list[str]:
+    """The layers as a run calls them."""
+    called: dict[str, None] = {}
+    with ExitStack() as stack:
+        for name in names:
+            hook = model.get_submodule(name).register_forward_pre_hook(
+                lambda module, args, name=name: called.setdefault(name)
+            )
+            stack.callback(hook.remove)
+        run(model, batch)
+    missing = [name for name in names if name not in called]
+    if missing:
+        raise ValueError(f"the calibration data never reach the layer {missing[0]}")
+    return list(called)
+
+
+# Chains of blocks --------------------------------------------------------------------------------------------------
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+class _Reached(Exception):
+    """The first block has been called."""
+
+
+def chain_of_blocks(model: nn.Module) -> tuple[str, nn.ModuleList] | None:
+    """The name and the list of a model's equal blocks, which its `forward` calls one after the other.
+
+    None if there is no list of at least two blocks of one class, with linear layers, whose outputs the next one takes.
+    """
+    found: tuple[str, nn.ModuleList] | None = None
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) > 1 and len({type(block) for block in module}) == 1:
+            block = module[0]
+            whole = not isinstance(block, nn.Linear) and any(isinstance(m, nn.Linear) for m in block.modules())
+            if whole and (found is None or len(module) > len(found[1])):
+                found = name, module
+    return found
+
+
+def _through_chain(
+    model: nn.Module,
+    prefix: str,
+    blocks: nn.ModuleList,
+    config: Config,
+    batches: Sequence[Batch],
+    names: Sequence[str],
+    replace: Callable[[str, Found], None],
+) -> None:
+    calls = [_first_call(model, blocks[0], batch) for batch in batches]
+    floats = calls if "float inputs" in config.wants else None
+    finish = getattr(config, "finish", None)
+    for place, block in enumerate(blocks):
+        inside = {n: model.get_submodule(n) for n in names if n.startswith(f"{prefix}.{place}.")}
+        with Watch(inside, config.wants) as watch:
+            targets = [_output(block, call) for call in (floats or calls)]
+        seen_by_float = dict(watch.rows) if floats is not None else {}
+        if floats is not None:
+            with Watch(inside, config.wants) as watch:
+                for call in calls:
+                    _output(block, call)
+        for name in inside:
+            found = watch.found(name)
+            if floats is not None:
+                found.float_inputs = torch.cat(seen_by_float.pop(name))
+            replace(name, found)
+        if finish is not None:
+            finish(block, calls, targets)
+        if floats is not None:
+            floats = [_next(call, out) for call, out in zip(floats, targets, strict=True)]
+        calls = [_next(call, _output(block, call)) for call in calls]
+    for name in names:
+        if not name.startswith(f"{prefix}."):  # what is not in the chain, with all of the chain quantised
+            with Watch({name: model.get_submodule(name)}, config.wants) as watch:
+                for batch in batches:
+                    run(model, batch)
+            found = watch.found(name)
+            found.float_inputs = found.inputs if "float inputs" in config.wants else None
+            replace(name, found)
+
+
+def _first_call(model: nn.Module, block: nn.Module, batch: Batch) -> Call:
+    """The arguments that the first block is called with."""
+    caught: list[Call] = []
+
+    def catch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        caught.append((args, kwargs))
+        raise _Reached
+
+    handle = block.register_forward_pre_hook(catch, with_kwargs=True)
+    try:
+        run(model, _without_cache(model, batch))
+    except _Reached:
+        pass
+    finally:
+        handle.remove()
+    return caught[0]
+
+
+def _without_cache(model: nn.Module, batch: Batch) -> Batch:
+    """The batch for a model of transformers, told not to keep keys and values."""
+    if "use_cache" not in inspect.signature(model.forward).parameters:
+        return batch
+    no: Any = {"use_cache": False}
+    if isinstance(batch, Tensor):
+        return {"input_ids": batch, **no}
+    return {**batch, **no} if isinstance(batch, Mapping) else batch
+
+
+@torch.no_grad()
+def _output(block: nn.Module, call: Call) -> Tensor:
+    args, kwargs = call
+    output = block(*args, **kwargs)
+    first: Tensor = output[0] if isinstance(output, tuple) else output
+    return first
+
+
+def _next(call: Call, output: Tensor) -> Call:
+    args, kwargs = call
+    return (output, *args[1:]), kwargs
+
+
+# Round to nearest --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Evenly spaced levels for groups of weights: level = scale · code + offset.
+
+    Attributes:
+        scale: the distance of neighbours.
+        offset: the level of code 0.
+    """
+
+    scale: Float[Tensor, "o g"]
+    offset: Float[Tensor, "o g"]
+
+    def held_in(self, dtype: torch.dtype) -> "Grid":
+        """The grid that is left when scale and offset are stored in another dtype; in the dtype that it had."""
+        return Grid(self.scale.to(dtype).to(self.scale.dtype), self.offset.to(dtype).to(self.offset.dtype))
+
+
+def fit_range(grouped: Float[Tensor, "o g s"], bits: int, *, symmetric: bool = False) -> Grid:
+    """The grid from the least to the largest weight of each group, with 0 on it.
+
+    Asymmetric: scale = (max - min) / (2^b - 1), both taken with 0, and a whole zero point. Symmetric: the largest
+    magnitude is 2^(b-1) - 1 steps from 0, which is code 2^(b-1). A group of zeros gets scale 1.
+    """
+    low, high = grouped.amin(-1).clamp_max(0), grouped.amax(-1).clamp_min(0)
+    if symmetric:
+        scale = torch.maximum(-low, high) / max(1, 2 ** (bits - 1) - 1)
+        scale = torch.where(scale > 0, scale, 1)
+        return Grid(scale, -scale * 2 ** (bits - 1))
+    scale = (high - low) / (2**bits - 1)
+    scale = torch.where(scale > 0, scale, 1)
+    return Grid(scale, scale * torch.round(low / scale))
+
+
+def round_to(grouped: Float[Tensor, "o g s"], grid: Grid, bits: int) -> Float[Tensor, "o g s"]:
+    """The nearest code of each weight, as floating-point numbers."""
+    return ((grouped - grid.offset[..., None]) / grid.scale[..., None]).round_().clamp_(0, 2**bits - 1)
+
+
+def for_inference_(model: nn.Module) -> nn.Module:
+    """Put packed layers that PyTorch's CPU kernel takes into its layout, in place; the model can no longer be saved."""
+    for name, layer in list(packed_layers(model)):
+        if cpu_kernel_takes(layer):
+            parent, _, last = name.rpartition(".")
+            setattr(model.get_submodule(parent), last, CPUInt4Linear(layer))
+    return model
+
+
+def average_bits(model: nn.Module) -> float:
+    """Bits per weight over all packed layers, everything counted that they hold beside biases."""
+    layers = [layer for _, layer in packed_layers(model)]
+    require(bool(layers), "model", type(model).__name__, "a model with packed layers")
+    sizes = [layer.in_features * layer.out_features for layer in layers]
+    return sum(layer.bits_per_weight() * size for layer, size in zip(layers, sizes, strict=True)) / sum(sizes)
+
+
+@dataclass(frozen=True)
+class RoundToNearest:
+    """Every weight goes to the nearest level between the least and the largest of its group; needs no data.
+
+    Args:
+        bits: of a code, from 1 to 8.
+        group_size: weights along the input that share scale and offset; -1 for the whole row.
+        symmetric: levels on both sides of 0 alike, without an offset of their own.
+        scale_dtype: what scales and offsets are held in.
+
+    Raises:
+        ValueError: an argument lies outside its range; when quantising, the group size does not divide a layer.
+    """
+
+    bits: int = 4
+    group_size: int = 64
+    symmetric: bool = False
+    scale_dtype: torch.dtype = torch.float16
+
+    wants: ClassVar[frozenset[Want]] = frozenset()
+
+    def __post_init__(self) -> None:
+        require(isinstance(self.bits, int) and 1 <= self.bits <= 8, "bits", self.bits, "from 1 to 8")
+        size = self.group_size
+        require(isinstance(size, int) and (size == -1 or size >= 1), "group_size", size, "-1 or at least 1")
+
+    def check(self, name: str, layer: nn.Linear) -> None:
+        check_groups(name, layer, self.group_size)
+
+    @torch.no_grad()
+    def quantize(self, name: str, layer: nn.Linear, found: Found) -> PackedLinear:
+        size = group_size(layer.in_features, self.group_size)
+        grouped = layer.weight.view(layer.out_features, -1, size)
+        grid = fit_range(grouped, self.bits, symmetric=self.symmetric).held_in(self.scale_dtype)
+        codes = round_to(grouped, grid, self.bits).to(torch.uint8).flatten(1)
+        return PackedLinear(
+            codes, grid.scale.to(self.scale_dtype), grid.offset.to(self.scale_dtype), self.bits, layer.bias
+        )
+
+
+def check_groups(name: str, layer: nn.Linear, asked: int) -> None:
+    """Refuse a group size that does not divide a layer's input, with the layer's name."""
+    try:
+        group_size(layer.in_features, asked)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None

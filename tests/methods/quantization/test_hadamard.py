@@ -1,0 +1,28 @@
+import pytest
+import torch
+
+from fairtrial.methods.quantization import hadamard_matrix, hadamard_transform
+
+
+@pytest.mark.parametrize("n", [1, 2, 8, 64, 128, 256, 512, 2048])
+def test_it_is_the_product_with_sylvesters_matrix(n: int) -> None:
+    x = torch.randn(3, 2, n, dtype=torch.float64)
+    torch.testing.assert_close(hadamard_transform(x, normalize=False), x @ hadamard_matrix(n, torch.float64))
+
+
+def test_it_is_its_own_inverse() -> None:
+    x = torch.randn(4, 1024, dtype=torch.float64)
+    y = hadamard_transform(x)
+    torch.testing.assert_close(hadamard_transform(y), x)
+    torch.testing.assert_close(y.norm(dim=1), x.norm(dim=1))
+
+
+def test_gradients_flow() -> None:
+    assert torch.autograd.gradcheck(hadamard_transform, torch.randn(2, 256, dtype=torch.float64, requires_grad=True))
+
+
+def test_other_lengths_are_refused() -> None:
+    with pytest.raises(ValueError, match="a power of two"):
+        hadamard_transform(torch.ones(3, 6))
+    with pytest.raises(ValueError, match="a power of two"):
+        hadamard_matrix(12)

@@ -1,0 +1,141 @@
+"""Packed integers, the layers that hold them, and their files."""
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn import functional as F
+
+from fairtrial.methods.quantization import (
+    CPUInt4Linear,
+    PackedLinear,
+    RoundToNearest,
+    average_bits,
+    for_inference_,
+    load_packed_,
+    pack,
+    quantize_,
+    save_packed,
+    unpack,
+)
+from fairtrial.methods.quantization.packing import packed_width
+
+
+@given(bits=st.integers(1, 8), rows=st.integers(1, 4), n=st.integers(1, 40), seed=st.integers(0, 100))
+def test_packing_and_back(bits: int, rows: int, n: int, seed: int) -> None:
+    codes = torch.randint(2**bits, (rows, n), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+    packed = pack(codes, bits)
+    assert packed.shape == (rows, packed_width(n, bits))
+    assert torch.equal(unpack(packed, bits, n), codes)
+
+
+def test_bits_lie_as_documented() -> None:
+    assert pack(torch.tensor([[1, 2, 3, 0]], dtype=torch.uint8), 2).tolist() == [[0b00111001]]
+    assert pack(torch.tensor([[7, 0, 0, 0, 0, 0, 0, 5]], dtype=torch.uint8), 3).tolist() == [[7, 0, 0b10100000]]
+    assert [packed_width(64, bits) for bits in (2, 3, 4, 8)] == [16, 24, 32, 64]
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    with pytest.raises(ValueError, match="codes of 2 bits must be below 4, got 4"):
+        pack(torch.tensor([[4]], dtype=torch.uint8), 2)
+    with pytest.raises(ValueError, match="bits"):
+        pack(torch.tensor([[0]], dtype=torch.uint8), 9)
+    with pytest.raises(ValueError, match="of width 2, for 3 codes of 4 bits"):
+        unpack(torch.zeros(1, 3, dtype=torch.uint8), 4, 3)
+
+
+def layer(bits: int = 4, out: int = 32, width: int = 64, groups: int = 2) -> PackedLinear:
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(2**bits, (out, width), generator=generator, dtype=torch.uint8)
+    scale, offset = torch.rand(2, out, groups, generator=generator)
+    return PackedLinear(codes, scale, offset - 8 * scale, bits, torch.rand(out, generator=generator))
+
+
+def test_a_layer_computes_with_the_levels_of_its_codes() -> None:
+    packed = layer()
+    codes, (scale, offset) = packed.codes(), (t.repeat_interleave(32, 1) for t in (packed.scale, packed.offset))
+    weight = codes * scale + offset
+    torch.testing.assert_close(packed.dequantize(), weight)
+    x = torch.randn(3, 5, 64)
+    torch.testing.assert_close(packed(x), F.linear(x, weight, packed.bias))
+    assert packed(x.double()).dtype == torch.float64
+
+
+def test_kept_weights_take_the_place_of_their_codes() -> None:
+    codes, ones = torch.zeros(2, 4, dtype=torch.uint8), torch.ones(2, 1)
+    packed = PackedLinear(codes, ones, ones, 2, kept=(torch.tensor([1, 6]), torch.tensor([5.0, -3.0])))
+    assert packed.dequantize().tolist() == [[1, 5, 1, 1], [1, 1, -3, 1]]
+
+
+def test_bytes_are_what_the_arithmetic_says() -> None:
+    packed = layer(bits=3, width=128, groups=2)
+    assert packed.bits_per_weight() == 3 + 2 * 32 / 64
+    model = nn.Sequential(nn.Linear(128, 16), nn.Linear(16, 16))
+    quantize_(model, RoundToNearest(bits=2, group_size=16))
+    assert average_bits(model) == 2 + 2 * 16 / 16
+
+
+def test_the_cpu_kernel_computes_the_same_in_bfloat16() -> None:
+    packed = layer(out=48, width=128, groups=2)
+    fast = CPUInt4Linear(packed)
+    x = torch.randn(7, 128)
+    exact = packed(x)
+    assert (fast(x) - exact).abs().max() < 0.01 * exact.abs().max()
+    assert fast(x).dtype == x.dtype
+    with pytest.raises(ValueError, match="does not take"):
+        CPUInt4Linear(layer(bits=3))
+
+
+def model() -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 16, bias=False), nn.ReLU(), nn.Linear(16, 4))
+
+
+def test_for_inference_takes_what_the_kernel_takes() -> None:
+    quantised = quantize_(model(), RoundToNearest(bits=4, group_size=32), skip=("4",))
+    x = torch.randn(3, 64)
+    before = quantised(x)
+    for_inference_(quantised)
+    assert [type(quantised[i]) for i in (0, 2, 4)] == [CPUInt4Linear, CPUInt4Linear, nn.Linear]
+    assert (quantised(x) - before).abs().max() < 0.02 * before.abs().max()
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_a_file_is_as_small_as_the_arithmetic_says_and_loads(bits: int, tmp_path) -> None:
+    quantised = quantize_(model(), RoundToNearest(bits=bits, group_size=16))
+    path = tmp_path / "model.safetensors"
+    save_packed(quantised, path)
+    weights = 64 * 32 + 32 * 16 + 16 * 4
+    held = weights * bits // 8 + 2 * 2 * weights // 16 + 4 * (32 + 4)
+    assert held <= path.stat().st_size <= held + 3000  # names and shapes
+    again = load_packed_(model(), path)
+    x = torch.randn(3, 64)
+    assert torch.equal(again(x), quantised(x))
+
+
+def test_files_of_others_are_refused_before_anything_changes(tmp_path) -> None:
+    from safetensors.torch import save_file
+
+    path = tmp_path / "model.safetensors"
+    plain = model()
+    before = copy.deepcopy(plain.state_dict())
+    save_file({"a": torch.ones(1)}, path)
+    with pytest.raises(ValueError, match="no packed model"):
+        load_packed_(plain, path)
+    save_file({"a": torch.ones(1)}, path, metadata={"format": "fairtrial-packed", "version": "0"})
+    with pytest.raises(ValueError, match="version 0 of the packed format"):
+        load_packed_(plain, path)
+    save_packed(quantize_(nn.Sequential(nn.Linear(32, 32)), RoundToNearest(group_size=16)), path)
+    with pytest.raises(ValueError, match=r"0\.packed has shape \(32, 16\)"):
+        load_packed_(plain, path)
+    save_packed(quantize_(nn.Sequential(nn.Linear(32, 32)), RoundToNearest(group_size=16)), path)
+    with pytest.raises(ValueError, match="has a layer 0, which the model has not"):
+        load_packed_(nn.Linear(32, 32), path)
+    with pytest.raises(ValueError, match="no packed layer"):
+        save_packed(plain, path)
+    assert all(torch.equal(before[name], tensor) for name, tensor in plain.state_dict().items())
+    assert isinstance(plain[0], nn.Linear)
