@@ -1,6 +1,14 @@
 from .adamp import SGDP as SGDP
 from .adamp import AdamP as AdamP
 from .diffgrad import DiffGrad as DiffGrad
+from .fantastic_optimizers import coordinate_descent as coordinate_descent
+from .fantastic_optimizers import equal_budget_search as equal_budget_search
+from .fantastic_optimizers import equivalent_data as equivalent_data
+from .fantastic_optimizers import fit_hyperparameter_law as fit_hyperparameter_law
+from .fantastic_optimizers import fit_scaling as fit_scaling
+from .fantastic_optimizers import rank_flips as rank_flips
+from .fantastic_optimizers import scaling_sensitive as scaling_sensitive
+from .fantastic_optimizers import speedup as speedup
 from .frugal import FRUGAL as FRUGAL
 from .frugal import frugal_param_groups as frugal_param_groups
 from .galore import GaLoreAdamW as GaLoreAdamW
