@@ -14,6 +14,8 @@ from .frugal import frugal_param_groups as frugal_param_groups
 from .galore import GaLoreAdamW as GaLoreAdamW
 from .galore import GaLoreProjector as GaLoreProjector
 from .galore import galore_param_groups as galore_param_groups
+from .gradient_boosted_nn import GBNNClassifier as GBNNClassifier
+from .gradient_boosted_nn import GBNNRegressor as GBNNRegressor
 from .gradient_normalized_smoothness import GNSNewton as GNSNewton
 from .gradient_normalized_smoothness import fisher_logistic as fisher_logistic
 from .gradient_normalized_smoothness import fisher_term as fisher_term
