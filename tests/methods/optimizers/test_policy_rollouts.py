@@ -104,26 +104,28 @@ def test_who_heads_for_the_goal_is_trapped_and_walls_hold():
         ((0, -1), (0.5, 0.0)),
         ((1, 0), (1.0, 0.15)),
         ((-1, 0), (0.0, 0.15)),
-        ((0.3, 1), (0.8, 0.7)),
+        ((0.3, 1), (0.9, 0.7)),
     ):
         fitness, places = maze(towards(maze, direction), np.zeros((1, 1), dtype=int))
         np.testing.assert_allclose(places[0, 0], place, atol=maze.speed)
         assert fitness[0, 0] == -np.linalg.norm(places[0, 0] - maze.GOAL)
         assert not maze.reached(places[0, 0])
     trapped = maze(towards(maze, (0, 1)), np.zeros((1, 1), dtype=int))[0]
-    beside = -np.linalg.norm(np.array([0.1, 0.5]) - maze.GOAL)
+    beside = -np.linalg.norm(np.array([0.05, 0.7]) - maze.GOAL)
     assert trapped > beside, "the way around leads away from the goal"
 
 
 def test_there_is_a_way_to_the_goal_and_the_robot_stays_there():
     maze = DeceptiveMaze()
     x, y = np.array([[maze.START[0]]]), np.array([[maze.START[1]]])
-    for target in ((0.1, 0.15), (0.1, 0.8), (0.5, 0.9)):
-        for _ in range(20):
+    moves = 0
+    for target in ((0.05, 0.15), (0.05, 0.95), (0.4, 0.95), (0.4, 0.75), (0.7, 0.75), (0.7, 0.8)):
+        while max(abs(target[0] - x), abs(target[1] - y)) > 1e-9:
             x = maze._across(x, y, np.clip(target[0] - x, -maze.speed, maze.speed))
             y = maze._along(x, y, np.clip(target[1] - y, -maze.speed, maze.speed))
+            moves += 1
     assert maze.reached(np.stack([x, y], axis=-1)).all()
-    assert sum(abs(a - b) for a, b in zip((0.5, 0.15, 0.9), (0.1, 0.9, 0.5), strict=True)) / maze.speed < maze.steps
+    assert moves <= maze.steps
 
 
 def test_tasks_can_be_sent_to_workers():

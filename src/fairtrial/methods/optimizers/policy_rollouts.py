@@ -4,7 +4,7 @@ Everywhere weights are (m, p) of m policies, episode seeds (m, e), and what come
 single seed may come without their dimensions; the result then is without them, too.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -97,10 +97,11 @@ class PendulumReturn:
 class DeceptiveMaze:
     """Where policies steer a point robot, from whose start the goal lies behind a trap in the shape of a U.
 
-    In the unit square the robot starts below the open side of the U and the goal lies above its closed side: who heads
-    for the goal gets stuck inside, and whoever gets past has to move away from it first. Observations are the position,
-    scaled to [-1, 1], and the velocity is `speed` times tanh of the outputs. Walls stop the part of a move that would
-    cross them. At the goal the robot stays. Nothing is drawn: seeds count only by their number.
+    In the unit square the robot starts below the open side of the U, and the goal is just above its closed side: who
+    heads for the goal gets stuck inside, close to it. The way there leads through the gap at the left of the U and then
+    over one wall and under another. Observations are the position, scaled to [-1, 1], and the velocity is `speed` times
+    tanh of the outputs. Walls stop moves that would cross them. At the goal the robot stays. Nothing is drawn: seeds
+    count only by their number.
 
     Fitness is minus the distance between the last place and the goal; the behaviour is that place.
 
@@ -111,11 +112,12 @@ class DeceptiveMaze:
     """
 
     policy: TanhPolicy = TanhPolicy((2, 16, 16, 2))
-    steps: int = 60
+    steps: int = 100
     speed: float = 0.05
 
-    START, GOAL, REACHED = (0.5, 0.15), (0.5, 0.9), 0.1  # how near to the goal is at the goal
-    LEFT, RIGHT, BOTTOM, TOP = 0.2, 0.8, 0.3, 0.7  # of the U
+    START, GOAL, REACHED = (0.5, 0.15), (0.7, 0.8), 0.05  # how near to the goal is at the goal
+    UPRIGHT = ((0.1, 0.3, 0.7), (0.9, 0.3, 0.7), (0.3, 0.7, 0.9), (0.5, 0.8, 1.0))  # walls: x, and y from and to
+    LEVEL = ((0.7, 0.1, 1.0),)  # y, and x from and to
 
     def __call__(self, params: Any, episode_seeds: Any) -> tuple[Any, Any]:
         """Fitness (m, e), and behaviours (m, e, 2)."""
@@ -138,15 +140,19 @@ class DeceptiveMaze:
         return np.linalg.norm(np.asarray(places) - self.GOAL, axis=-1)
 
     def _across(self, x: ndarray, y: ndarray, move: ndarray) -> ndarray:
-        moved: ndarray = np.clip(x + move, 0, 1)
-        beside = (y >= self.BOTTOM) & (y <= self.TOP)
-        for wall in (self.LEFT, self.RIGHT):
-            moved = np.where(beside & ((x - wall) * (moved - wall) <= 0), x, moved)
-        return moved
+        return _stopped(x, y, move, self.UPRIGHT)
 
     def _along(self, x: ndarray, y: ndarray, move: ndarray) -> ndarray:
-        moved, below = np.clip(y + move, 0, 1), (x >= self.LEFT) & (x <= self.RIGHT)
-        return np.where(below & ((y - self.TOP) * (moved - self.TOP) <= 0), y, moved)
+        return _stopped(y, x, move, self.LEVEL)
+
+
+def _stopped(at: ndarray, beside: ndarray, move: ndarray, walls: Iterable[tuple[float, float, float]]) -> ndarray:
+    """Where a move along one coordinate ends; it is not made at all if a wall is in its way."""
+    moved: ndarray = np.clip(at + move, 0, 1)
+    for wall, start, end in walls:
+        crossing = (beside >= start) & (beside <= end) & ((at - wall) * (moved - wall) <= 0)
+        moved = np.where(crossing, at, moved)
+    return moved
 
 
 @dataclass(frozen=True)
