@@ -194,10 +194,11 @@ def test_with_one_parent_all_descend_from_the_elite():
 def test_parents_are_chosen_uniformly():
     search = small()
     search.step()
-    parents = list(search._decoded)
-    search.population_size, search._asked = 20_000, []
-    counts = np.unique([parents.index(child.parent) for child in search.ask()], return_counts=True)[1]
-    assert len(counts) == 5
+    parents = {parent.init_seed for parent in search._decoded}  # all without mutations
+    search.population_size = 100_000
+    drawn, counts = np.unique([child.init_seed for child in search.ask()], return_counts=True)
+    assert set(drawn) == parents
+    assert len(parents) == 5
     assert stats.chisquare(counts).pvalue > 0.01
 
 
