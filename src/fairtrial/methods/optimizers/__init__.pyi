@@ -1,5 +1,11 @@
 from .adamp import SGDP as SGDP
 from .adamp import AdamP as AdamP
+from .deep_ga import DeepGA as DeepGA
+from .deep_ga import Genome as Genome
+from .deep_ga import NoveltyGA as NoveltyGA
+from .deep_ga import RandomSearch as RandomSearch
+from .deep_ga import fan_in_normal as fan_in_normal
+from .deep_ga import novelty as novelty
 from .diffgrad import DiffGrad as DiffGrad
 from .fantastic_optimizers import coordinate_descent as coordinate_descent
 from .fantastic_optimizers import equal_budget_search as equal_budget_search
@@ -14,6 +20,8 @@ from .frugal import frugal_param_groups as frugal_param_groups
 from .galore import GaLoreAdamW as GaLoreAdamW
 from .galore import GaLoreProjector as GaLoreProjector
 from .galore import galore_param_groups as galore_param_groups
+from .gradient_boosted_nn import GBNNClassifier as GBNNClassifier
+from .gradient_boosted_nn import GBNNRegressor as GBNNRegressor
 from .gradient_normalized_smoothness import GNSNewton as GNSNewton
 from .gradient_normalized_smoothness import fisher_logistic as fisher_logistic
 from .gradient_normalized_smoothness import fisher_term as fisher_term
@@ -53,6 +61,10 @@ from .packages import Lion as Lion
 from .packages import Muon as Muon
 from .packages import NAdamW as NAdamW
 from .packages import muon_param_groups as muon_param_groups
+from .policy_rollouts import DeceptiveMaze as DeceptiveMaze
+from .policy_rollouts import GymnasiumReturn as GymnasiumReturn
+from .policy_rollouts import PendulumReturn as PendulumReturn
+from .policy_rollouts import TanhPolicy as TanhPolicy
 from .q_galore import Int8Linear as Int8Linear
 from .q_galore import QGaLoreAdamW as QGaLoreAdamW
 from .q_galore import dequantize_affine as dequantize_affine
