@@ -257,7 +257,10 @@ def draw(search_space: Mapping[str, Space], n_trials: int, seed: int) -> list[di
     import optuna
 
     require(n_trials >= 1, "n_trials", n_trials, "at least 1")
+    verbosity = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.WARNING)  # it announces every study
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed))
+    optuna.logging.set_verbosity(verbosity)
     trials = [study.ask() for _ in range(n_trials)]
     return [{name: space.suggest(trial, name) for name, space in search_space.items()} for trial in trials]
 
