@@ -304,12 +304,14 @@ class DoG(_OneEstimate):
             rate = torch.tensor(float(group["lr"]), dtype=torch.float64)
             sums = [self.state[p]["sum"] for p in params]
             gathered += [(group, rate, batch) for batch in batches(params, grads, sums, foreach=group["foreach"])]
-        lengths = [(group, norms(initials, distances)) for group, (_, initials, distances, _) in known]
-        shared = [length for group, found in lengths if not group["per_tensor"] for length in found]
-        for group, p in new:
-            start, distance = self.state[p]["initial"], self.state[p]["distance"]
-            length = norms([start], [distance])[0] if group["per_tensor"] else total(shared, torch.linalg.vector_norm)
-            distance.copy_(group["reps_rel"] * (1 + length))
+        if new:
+            lengths = [(group, norms(initials, distances)) for group, (_, initials, distances, _) in known]
+            shared = [length for group, found in lengths if not group["per_tensor"] for length in found]
+            whole = total(shared, torch.linalg.vector_norm) if shared else torch.zeros(())
+            for group, p in new:
+                start, distance = self.state[p]["initial"], self.state[p]["distance"]
+                length = norms([start], [distance])[0] if group["per_tensor"] else whole
+                distance.copy_(group["reps_rel"] * (1 + length))
         return known, gathered
 
     @torch.no_grad()
@@ -376,8 +378,8 @@ def total(values: Sequence[Float[Tensor, ""]], reduce: Callable[[Tensor], Tensor
 
 def spread_(value: Float[Tensor, ""], numbers: Iterable[Float[Tensor, ""]]) -> None:
     """Write the value into every number."""
-    for number in numbers:
-        number.copy_(value)
+    for entry in numbers:
+        entry.copy_(value)
 
 
 def polynomial_average(gamma: float = 8.0) -> Callable[[Tensor, Tensor, Tensor | int], Tensor]:
