@@ -44,6 +44,9 @@ from .just_one_byte import LogCodec as LogCodec
 from .just_one_byte import ReplayLog as ReplayLog
 from .just_one_byte import SharedRandomnessWorker as SharedRandomnessWorker
 from .just_one_byte import replay as replay
+from .learning_rate_free import DoG as DoG
+from .learning_rate_free import Prodigy as Prodigy
+from .learning_rate_free import polynomial_average as polynomial_average
 from .mezo import MeZO as MeZO
 from .mezo import direction_seed as direction_seed
 from .mezo import spsa_projected_grad as spsa_projected_grad
@@ -82,6 +85,16 @@ from .saf import mesa_teacher as mesa_teacher
 from .saf import trajectory_divergence as trajectory_divergence
 from .sam import SAM as SAM
 from .state_size import optimizer_state_bytes as optimizer_state_bytes
+from .time_to_target import Calibration as Calibration
+from .time_to_target import Profile as Profile
+from .time_to_target import Submission as Submission
+from .time_to_target import Timing as Timing
+from .time_to_target import Workload as Workload
+from .time_to_target import benchmark_score as benchmark_score
+from .time_to_target import calibrate as calibrate
+from .time_to_target import performance_profile as performance_profile
+from .time_to_target import rate_factor as rate_factor
+from .time_to_target import run_submission as run_submission
 from .tract import TrActConv2d as TrActConv2d
 from .tract import TrActLinear as TrActLinear
 from .tract import tract as tract
