@@ -24,6 +24,8 @@ OPTIMIZERS = [entry for entry in index() if entry.slot == "optimizer" and not en
 BATCHES = 4
 # optimizers that may stop where no minimum is, and why
 STOP_ELSEWHERE = {"OrthoGrad": "it stops where each gradient lies along its tensor"}
+# optimizers whose rate rests on the gradients of all tensors, and what becomes of it
+ONE_RATE = {"Prodigy": "its estimate is held from then on"}
 SAVED_AT, LONG_RUN = 185, 215  # steps; in between comes what repeats every 200
 
 each_optimizer = pytest.mark.parametrize("entry", OPTIMIZERS, ids=[entry.name for entry in OPTIMIZERS])
@@ -300,7 +302,8 @@ def test_a_rate_of_zero_changes_nothing(entry):
 @each_optimizer
 def test_weight_decay_shrinks_weights_without_gradient(entry):
     model = new_model()
-    optimizer = build(entry, model, lr=0.1, weight_decay=0.5)
+    first = {name: 0.1 for name in ("d0", "reps_rel") if takes(entry, name)}  # the default of 1e-6 is lost in rounding
+    optimizer = build(entry, model, lr=0.1, weight_decay=0.5, **first)
     before = [p.detach().clone() for p in model.parameters()]
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
@@ -454,6 +457,8 @@ def test_a_wrong_state_is_refused_before_anything_changes(entry, wrong):
 
 @each_optimizer
 def test_a_gradient_that_is_not_finite_spoils_its_own_tensor_only(entry):
+    if entry.name in ONE_RATE:
+        pytest.skip(ONE_RATE[entry.name])
     spoilt, clean = new_model(), new_model()
     apart = {"per_tensor": True} if takes(entry, "per_tensor") else {}  # one norm for all tensors would be spoilt
     optimizers = build(entry, spoilt, **apart), build(entry, clean, **apart)

@@ -12,7 +12,14 @@ from fairtrial.trial.schema import SCHEMA_VERSION
 from fairtrial.trial.store import Store, default_store
 
 NEEDED = ("torch", "numpy", "scipy", "scikit-learn", "optuna", "sqlalchemy")
-EXTRAS = {"transformers": "llm", "peft": "adapters", "psycopg": "postgres", "ray": "ray", "scikit-image": "vision"}
+EXTRAS = {
+    "transformers": "llm",
+    "peft": "adapters",
+    "psycopg": "postgres",
+    "ray": "ray",
+    "scikit-image": "vision",
+    "gymnasium": "rl",
+}
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ import tempfile
 import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -156,9 +157,10 @@ def make(name: str, report: Callable[[str], None] = lambda what: None) -> Path:
     return folder
 
 
-def weights_hash(name: str) -> str:
-    """Changes when any weight of a named model does."""
-    digest = hashlib.sha256()
+@cache
+def hash_of(name: str, *more: str) -> str:
+    """Changes when any weight of a named model does, or any of the further texts."""
+    digest = hashlib.sha256("\0".join(more).encode())
     for path in sorted(_found(name).glob("*.safetensors")):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]

@@ -32,6 +32,9 @@ _shipped = {
     "thin-structures-noisy": "thin_structures",
     "modular-addition": "modular_addition",
     "separable": "separable",
+    "smollm2-perplexity": "smollm2",
+    "smollm2-perplexity-8k": "smollm2",
+    "smollm2-retrieval": "smollm2",
 }
 
 

@@ -1,0 +1,241 @@
+"""What tasks of trained models share: their slots, what they tell methods, and how a run goes.
+
+Nothing is trained here unless a method does so by itself. The seed decides which text a run sees; the same passage may
+come up under several seeds, because there is only so much text.
+"""
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from functools import cache
+from time import perf_counter
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+
+from fairtrial.contract import BadInput, Choice, Costs, Metric, Outcome, Progress, Slot, Split
+from fairtrial.methods.arguments import require
+from fairtrial.methods.optimizers.state_size import tensors_within
+from fairtrial.methods.quantization.quantize import RoundToNearest
+from fairtrial.methods.registry import Method
+from fairtrial.tasks import documentation, models
+from fairtrial.tasks.models import Loaded
+from fairtrial.tasks.slots import Options
+from fairtrial.tasks.streams import Streams
+from fairtrial.tasks.supervised import silent
+
+
+@dataclass
+class Setting:
+    """What a task of a trained model tells methods about itself; `bind` of a method or a slot reads from it.
+
+    Attributes:
+        model: the trained model, which other runs use too: a quantiser gets a copy.
+        tokenizer: of the model.
+        config: of the model.
+        calibration: passages (1, t) of text that is in no other part.
+        corpus: all tokens of that text.
+        generator: the methods' own source of randomness.
+        temperature: at which the task samples.
+        bits: to which the task asks weights to be quantised.
+        group_size: of weights that share a scale.
+    """
+
+    model: nn.Module
+    tokenizer: Any
+    config: Any
+    calibration: Sequence[Int[Tensor, "1 t"]]
+    corpus: Int[Tensor, " n"]
+    generator: torch.Generator
+    temperature: float = 1.0
+    bits: int = 4
+    group_size: int = 64
+
+
+def dynamic_cache(config: Any) -> Any:
+    """All keys and values as they are: transformers' `DynamicCache`."""
+    return models.transformers().DynamicCache(config=config)
+
+
+def not_quantised() -> None:
+    """The weights as they are."""
+
+
+CACHES = (Method("DynamicCache", "cache", dynamic_cache),)
+QUANTIZERS = (
+    Method("NotQuantised", "quantizer", not_quantised),
+    Method(
+        "RoundToNearest",
+        "quantizer",
+        RoundToNearest,
+        bind=lambda setting: {"bits": setting.bits, "group_size": setting.group_size},
+    ),
+)
+
+PLAIN_CACHE = Choice("DynamicCache")
+ROUND_TO_NEAREST = Choice("RoundToNearest")
+
+
+def cache_slot(default: Choice = PLAIN_CACHE) -> Slot:
+    """Caches of keys and values, as `transformers` has them, made for the model's config."""
+    return Slot("cache", default, Options(CACHES, "cache"), lambda setting: {"config": setting.config})
+
+
+def quantizer_slot(default: Choice = ROUND_TO_NEAREST) -> Slot:
+    """What `quantize_` takes as its config."""
+    return Slot("quantizer", default, Options(QUANTIZERS, "quantizer"))
+
+
+@cache
+def loaded(name: str) -> Loaded:
+    """A named model, read once in a process."""
+    return models.load(name)
+
+
+@cache
+def part_of(name: str, part: documentation.Part) -> Int[Tensor, " n"]:
+    """Tokens of a part of the documentation, for a named model."""
+    return documentation.tokens(loaded(name).tokenizer, part)
+
+
+@dataclass
+class TrainedTask:
+    """A task that measures a trained model, with what its slots are filled with.
+
+    Attributes:
+        name: what the task is called.
+        version: to be raised when results are no longer comparable with earlier ones.
+        metric: what is measured.
+        slots: what may be swapped.
+        model: the name of the model.
+        measure: carries a run out: it is given the task, the setting, the choices' parts by slot, and text to judge by,
+            and returns the metric, further figures, and costs.
+        passages, length: how many passages of how many tokens a run is judged by.
+        calibration: how many passages of how many tokens methods are given to calibrate with.
+        temperature, bits, group_size: see `Setting`.
+    """
+
+    name: str
+    version: int
+    metric: Metric
+    slots: Mapping[str, Slot]
+    model: str
+    measure: "Callable[[Trial], tuple[float, dict[str, float], Costs]]"
+    passages: int
+    length: int
+    calibration: tuple[int, int] = (8, 512)
+    temperature: float = 1.0
+    bits: int = 4
+    group_size: int = 64
+
+    @property
+    def source(self) -> str:
+        """The module that defines the task."""
+        return self.measure.__module__
+
+    @property
+    def data_hash(self) -> str:
+        """Changes when the text or the model's weights do."""
+        return models.hash_of(self.model, documentation.text())
+
+    def check(self, choices: Mapping[str, Choice]) -> None:
+        """Make everything that the choices name, and run nothing."""
+        self._know(choices)
+        for name, choice in choices.items():
+            self.slots[name].check(choice)
+        if not models.is_there(self.model):
+            raise BadInput(f"the task {self.name!r} needs a model: `fairtrial models {self.model}` gets it")
+        self._parts(choices, self._setting(Streams(0)), Streams(0))
+
+    def run(
+        self, choices: Mapping[str, Choice], seed: int, *, split: Split = "validation", progress: Progress = silent
+    ) -> Outcome:
+        """Measure with the choices on passages of `split`. The seed alone decides every draw."""
+        start = perf_counter()
+        require(split in ("validation", "test"), "split", split, "'validation' or 'test'")
+        self._know(choices)
+        streams = Streams(seed)
+        setting = self._setting(streams)
+        passages = documentation.windows(part_of(self.model, split), self.passages, self.length, streams("passages"))
+        parts = self._parts(choices, setting, streams)
+        with streams.globally("run"), torch.no_grad():
+            value, figures, costs = self.measure(Trial(self, setting, parts, passages, streams))
+        progress(1, 1, value)
+        return Outcome(value=value, metrics=figures, costs=costs, seconds=perf_counter() - start)
+
+    def _know(self, choices: Mapping[str, Choice]) -> None:
+        for name in choices:
+            if name not in self.slots:
+                raise BadInput(f"the task {self.name!r} has no slot {name!r}; it has: {', '.join(self.slots)}")
+
+    def _setting(self, streams: Streams) -> Setting:
+        model, tokenizer = loaded(self.model)
+        corpus = part_of(self.model, "calibration")
+        passages = documentation.windows(corpus, *self.calibration, streams("calibration"))
+        return Setting(
+            model=model,
+            tokenizer=tokenizer,
+            config=model.config,
+            calibration=list(torch.split(passages, 1)),
+            corpus=corpus,
+            generator=streams("method"),
+            temperature=self.temperature,
+            bits=self.bits,
+            group_size=self.group_size,
+        )
+
+    def _parts(self, choices: Mapping[str, Choice], setting: Setting, streams: Streams) -> dict[str, Any]:
+        chosen = {name: slot.default for name, slot in self.slots.items()} | dict(choices)
+        parts = {}
+        for name, choice in chosen.items():
+            with streams.globally(name):
+                parts[name] = self.slots[name].build(choice, setting)
+        return parts
+
+
+@dataclass
+class Trial:
+    """What a run's measure is given.
+
+    Attributes:
+        task: whose run it is.
+        setting: what methods were told.
+        parts: what fills the slots.
+        passages: text to judge by.
+        streams: randomness of the run.
+    """
+
+    task: TrainedTask
+    setting: Setting
+    parts: Mapping[str, Any]
+    passages: Int[Tensor, "n t"]
+    streams: Streams
+    model: nn.Module = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.model = self.setting.model
+
+    def copied(self) -> nn.Module:
+        """A copy of the model, to be changed."""
+        return copy.deepcopy(self.model)
+
+
+def prepared(cache: Any, model: nn.Module) -> Any:
+    """A context in which the model works with the cache; one that needs more than keys and values has `attached_to`."""
+    attached = getattr(cache, "attached_to", None)
+    return nullcontext() if attached is None else attached(model)
+
+
+def held(cache: Any) -> int:
+    """Bytes of the tensors that a cache holds; views of one storage count once."""
+    if hasattr(cache, "nbytes"):
+        return int(cache.nbytes)
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors_within(vars_of(cache))}
+    return sum(storages.values())
+
+
+def vars_of(cache: Any) -> list[dict[str, Any]]:
+    return [vars(cache), *(vars(layer) for layer in getattr(cache, "layers", ()))]
