@@ -35,6 +35,7 @@ _shipped = {
     "smollm2-perplexity": "smollm2",
     "smollm2-perplexity-8k": "smollm2",
     "smollm2-retrieval": "smollm2",
+    "heston-hedging": "heston_hedging",
 }
 
 
