@@ -201,6 +201,23 @@ def test_a_linear_loss_has_no_gauss_newton_curvature_and_other_curvatures_are_no
     assert not factors_of(optimizer, layer.weight).S.any()
     with pytest.raises(ValueError, match="curvature"):
         KFAC(layer).observe(output, output.square())
+    optimizer = KFAC(layer, curvature="ggn")
+    layer(randn(4, 3)).square().mean().backward()
+    with pytest.raises(RuntimeError, match="observe"):
+        optimizer.step()
+
+
+def test_a_bias_that_is_not_trained_counts_with_a_gradient_of_0():
+    layer = nn.Linear(2, 2).double()
+    optimizer = KFAC(layer, [layer.weight], lr=0.1, damping=0.1, kl_clip=math.inf, momentum=0.0)
+    before = copy.deepcopy(layer)
+    inner(layer(A_ROWS), G_ROWS).backward()
+    A_inv, S_inv = damped_inverses(factors_of(optimizer, layer.weight), 0.1)
+    optimizer.step()
+    assert torch.equal(layer.bias, before.bias)
+    torch.testing.assert_close(
+        before.weight - layer.weight, 0.1 * S_inv @ layer.weight.grad @ A_inv[:2, :2], rtol=1e-10, atol=0
+    )
 
 
 def test_other_parameters_are_left_to_sgd():

@@ -186,7 +186,7 @@ class KFAC(Optimizer):
 
     Raises:
         ValueError: an argument lies outside its range, or a loaded state does not fit the parameters.
-        RuntimeError: a gradient is sparse or complex.
+        RuntimeError: a gradient is sparse or complex, or curvature 'ggn' has never been observed.
     """
 
     def __init__(
@@ -313,6 +313,9 @@ class KFAC(Optimizer):
         for group, (params, grads) in zip(self.param_groups, found, strict=True):
             uphill = group["maximize"] and params
             directions |= zip(params, torch._foreach_neg(grads) if uphill else grads, strict=True)
+        known = any(record.passing >= 0 or "A" in self.state.get(w, {}) for w, record in self.records.items())
+        if self.curvature == "ggn" and not known:
+            raise RuntimeError("KFAC with curvature='ggn' knows no curvature yet: call observe() before backward()")
         self._precondition(directions)
         self._clear()
         gathered = []
