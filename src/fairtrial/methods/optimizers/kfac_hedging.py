@@ -181,8 +181,8 @@ class KFAC(Optimizer):
         curvature: 'empirical' or 'ggn'.
         maximize: ascend instead of descend.
 
-    `damping`, `ema`, `t_cov`, `t_inv` and `kl_clip` are those of the group that a layer's weight is in. The defaults of
-    `ema`, `t_inv` and `kl_clip` are usual ones; the paper's values could not be confirmed.
+    `damping`, `ema`, `t_cov` and `t_inv` are those of the group that a layer's weight is in; the clip takes a group's
+    parameters together. The defaults are in common use for K-FAC; the paper's values could not be confirmed.
 
     Raises:
         ValueError: an argument lies outside its range, or a loaded state does not fit the parameters.
