@@ -42,6 +42,7 @@ _shipped = {
     "smollm2-generation": "generation",
     "small-lm-qat": "small_lm_qat",
     "digits-vit": "digits_vit",
+    "heston-hedging": "heston_hedging",
 }
 
 
