@@ -26,6 +26,8 @@ BATCHES = 4
 STOP_ELSEWHERE = {"OrthoGrad": "it stops where each gradient lies along its tensor"}
 # optimizers whose rate rests on the gradients of all tensors, and what becomes of it
 ONE_RATE = {"Prodigy": "its estimate is held from then on"}
+# optimizers that learn from more than gradients, and from what
+BEYOND_GRADIENTS = {"KFAC": "from backward passes, and a layer's weight and bias take their step together"}
 SAVED_AT, LONG_RUN = 185, 215  # steps; in between comes what repeats every 200
 
 each_optimizer = pytest.mark.parametrize("entry", OPTIMIZERS, ids=[entry.name for entry in OPTIMIZERS])
@@ -459,6 +461,8 @@ def test_a_wrong_state_is_refused_before_anything_changes(entry, wrong):
 def test_a_gradient_that_is_not_finite_spoils_its_own_tensor_only(entry):
     if entry.name in ONE_RATE:
         pytest.skip(ONE_RATE[entry.name])
+    if entry.name in BEYOND_GRADIENTS:
+        pytest.skip(BEYOND_GRADIENTS[entry.name])
     spoilt, clean = new_model(), new_model()
     apart = {"per_tensor": True} if takes(entry, "per_tensor") else {}  # one norm for all tensors would be spoilt
     optimizers = build(entry, spoilt, **apart), build(entry, clean, **apart)

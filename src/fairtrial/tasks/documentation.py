@@ -24,7 +24,7 @@ def text() -> str:
 
 def tokens(tokenizer: Any, part: Part) -> Int[Tensor, " n"]:
     """The tokens of one part: neighbouring text, so that no sentence is in two parts."""
-    ids = torch.tensor(tokenizer(text()).input_ids)
+    ids = torch.tensor(tokenizer(text(), add_special_tokens=False, verbose=False).input_ids)
     start, end = (round(share * len(ids)) for share in ENDS[part])
     return ids[start:end]
 

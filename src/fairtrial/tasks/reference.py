@@ -35,6 +35,14 @@ _shipped = {
     "smollm2-perplexity": "smollm2",
     "smollm2-perplexity-8k": "smollm2",
     "smollm2-retrieval": "smollm2",
+    "small-lm-ptq": "post_training",
+    "small-lm-ptq-2": "post_training",
+    "small-lm-ptq-4": "post_training",
+    "encoder-ptq": "post_training",
+    "smollm2-generation": "generation",
+    "small-lm-qat": "small_lm_qat",
+    "digits-vit": "digits_vit",
+    "heston-hedging": "heston_hedging",
 }
 
 

@@ -37,22 +37,27 @@ class Setting:
         tokenizer: of the model.
         config: of the model.
         calibration: passages (1, t) of text that is in no other part.
-        corpus: all tokens of that text.
         generator: the methods' own source of randomness.
         temperature: at which the task samples.
         bits: to which the task asks weights to be quantised.
         group_size: of weights that share a scale.
+        name: of the model.
+        corpus: all tokens of the part of the documentation that is there to calibrate with.
     """
 
     model: nn.Module
     tokenizer: Any
     config: Any
     calibration: Sequence[Int[Tensor, "1 t"]]
-    corpus: Int[Tensor, " n"]
     generator: torch.Generator
     temperature: float = 1.0
     bits: int = 4
     group_size: int = 64
+    name: str = ""
+
+    @property
+    def corpus(self) -> Int[Tensor, " n"]:
+        return part_of(self.name, "calibration")
 
 
 def dynamic_cache(config: Any) -> Any:
@@ -101,6 +106,13 @@ def part_of(name: str, part: documentation.Part) -> Int[Tensor, " n"]:
     return documentation.tokens(loaded(name).tokenizer, part)
 
 
+def documentation_of(
+    name: str, part: documentation.Part, count: int, length: int, generator: torch.Generator
+) -> Int[Tensor, "n t"]:
+    """Passages of Python's documentation, as tokens of a named model."""
+    return documentation.windows(part_of(name, part), count, length, generator)
+
+
 @dataclass
 class TrainedTask:
     """A task that measures a trained model, with what its slots are filled with.
@@ -114,6 +126,7 @@ class TrainedTask:
         measure: carries a run out: it is given the task, the setting, the choices' parts by slot, and text to judge by,
             and returns the metric, further figures, and costs.
         passages, length: how many passages of how many tokens a run is judged by.
+        text: gives passages of a part, told the model's name, the part, how many, how long, and what to draw from.
         calibration: how many passages of how many tokens methods are given to calibrate with.
         temperature, bits, group_size: see `Setting`.
     """
@@ -126,6 +139,7 @@ class TrainedTask:
     measure: "Callable[[Trial], tuple[float, dict[str, float], Costs]]"
     passages: int
     length: int
+    text: Callable[[str, documentation.Part, int, int, torch.Generator], Int[Tensor, "n t"]] = documentation_of
     calibration: tuple[int, int] = (8, 512)
     temperature: float = 1.0
     bits: int = 4
@@ -159,7 +173,7 @@ class TrainedTask:
         self._know(choices)
         streams = Streams(seed)
         setting = self._setting(streams)
-        passages = documentation.windows(part_of(self.model, split), self.passages, self.length, streams("passages"))
+        passages = self.text(self.model, split, self.passages, self.length, streams("passages"))
         parts = self._parts(choices, setting, streams)
         with streams.globally("run"), torch.no_grad():
             value, figures, costs = self.measure(Trial(self, setting, parts, passages, streams))
@@ -173,18 +187,17 @@ class TrainedTask:
 
     def _setting(self, streams: Streams) -> Setting:
         model, tokenizer = loaded(self.model)
-        corpus = part_of(self.model, "calibration")
-        passages = documentation.windows(corpus, *self.calibration, streams("calibration"))
+        passages = self.text(self.model, "calibration", *self.calibration, streams("calibration"))
         return Setting(
             model=model,
             tokenizer=tokenizer,
             config=model.config,
             calibration=list(torch.split(passages, 1)),
-            corpus=corpus,
             generator=streams("method"),
             temperature=self.temperature,
             bits=self.bits,
             group_size=self.group_size,
+            name=self.model,
         )
 
     def _parts(self, choices: Mapping[str, Choice], setting: Setting, streams: Streams) -> dict[str, Any]:

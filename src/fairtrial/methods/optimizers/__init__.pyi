@@ -6,6 +6,14 @@ from .deep_ga import NoveltyGA as NoveltyGA
 from .deep_ga import RandomSearch as RandomSearch
 from .deep_ga import fan_in_normal as fan_in_normal
 from .deep_ga import novelty as novelty
+from .deep_hedging import DeepHedger as DeepHedger
+from .deep_hedging import black_scholes_call as black_scholes_call
+from .deep_hedging import cvar as cvar
+from .deep_hedging import entropic as entropic
+from .deep_hedging import hedging_pnl as hedging_pnl
+from .deep_hedging import heston_paths as heston_paths
+from .deep_hedging import mean_variance as mean_variance
+from .deep_hedging import quadratic as quadratic
 from .diffgrad import DiffGrad as DiffGrad
 from .fantastic_optimizers import coordinate_descent as coordinate_descent
 from .fantastic_optimizers import equal_budget_search as equal_budget_search
@@ -44,6 +52,8 @@ from .just_one_byte import LogCodec as LogCodec
 from .just_one_byte import ReplayLog as ReplayLog
 from .just_one_byte import SharedRandomnessWorker as SharedRandomnessWorker
 from .just_one_byte import replay as replay
+from .kfac_hedging import KFAC as KFAC
+from .kfac_hedging import KFACLSTM as KFACLSTM
 from .learning_rate_free import DoG as DoG
 from .learning_rate_free import Prodigy as Prodigy
 from .learning_rate_free import polynomial_average as polynomial_average

@@ -1,0 +1,115 @@
+"""Trained models whose weights are to be quantised: the small language model, and the encoder of sentences."""
+
+import copy
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fairtrial.contract import Costs, Diverged, Metric
+from fairtrial.methods.quantization.packing import packed_layers
+from fairtrial.methods.quantization.quantize import average_bits, quantize_
+from fairtrial.tasks import documentation, small_gpt
+from fairtrial.tasks.trained import TrainedTask, Trial, quantizer_slot
+
+NATS = 0.6931471805599453  # in a bit
+
+
+def quantised(trial: Trial, model: nn.Module) -> nn.Module:
+    """The model with its weights quantised in place, as the choice says."""
+    config = trial.parts["quantizer"]
+    with torch.enable_grad():
+        return model if config is None else quantize_(model, config, trial.setting.calibration)
+
+
+def held(model: nn.Module) -> tuple[int, dict[str, float]]:
+    """Bytes of the parameters and buffers, and the bits that a quantised weight takes with all that belongs to it."""
+    tensors = {t.data_ptr(): t for t in (*model.parameters(), *model.buffers())}
+    size = sum(t.numel() * t.element_size() for t in tensors.values())
+    return size, {"bits per weight": average_bits(model) if any(True for _ in packed_layers(model)) else 32.0}
+
+
+# The small language model ------------------------------------------------------------------------------------------
+
+
+def bytes_of_text(
+    name: str, part: documentation.Part, count: int, length: int, generator: torch.Generator
+) -> Int[Tensor, "n t"]:
+    """Windows that the small model was trained on, to calibrate with; of the others one half for each other part."""
+    found = small_gpt.passages("training" if part == "calibration" else "test")
+    if part != "calibration":
+        found = found[: len(found) // 2] if part == "validation" else found[len(found) // 2 :]
+    return found[torch.randperm(len(found), generator=generator)[:count], :length]
+
+
+def bits_per_byte(trial: Trial) -> tuple[float, dict[str, float], Costs]:
+    """Cross entropy of the next byte."""
+    model = quantised(trial, copy.deepcopy(trial.model))
+    total = torch.zeros((), dtype=torch.float64)
+    for rows in torch.split(trial.passages, 32):
+        logits = model(rows).logits[:, :-1]
+        total += F.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten(), reduction="sum").double()
+    if not total.isfinite():
+        raise Diverged("the model's scores are no longer finite")
+    size, figures = held(model)
+    return total.item() / trial.passages[:, 1:].numel() / NATS, figures, Costs(peak_memory=size)
+
+
+def _small_lm(name: str, bits: int) -> TrainedTask:
+    return TrainedTask(
+        name=name,
+        version=1,
+        metric=Metric("bits per byte", "minimize", "bits per byte", margin=0.01, worst=8.0),
+        measure=bits_per_byte,
+        slots={"quantizer": quantizer_slot()},
+        model="small-gpt",
+        passages=64,
+        length=small_gpt.CONTEXT,
+        text=bytes_of_text,
+        calibration=(32, small_gpt.CONTEXT),
+        bits=bits,
+    )
+
+
+small_lm_ptq = _small_lm("small-lm-ptq", 3)
+small_lm_ptq_2, small_lm_ptq_4 = _small_lm("small-lm-ptq-2", 2), _small_lm("small-lm-ptq-4", 4)
+
+
+# The encoder -------------------------------------------------------------------------------------------------------
+
+
+def embeddings(model: nn.Module, ids: Int[Tensor, "n t"]) -> Float[Tensor, "n d"]:
+    """Sentence vectors of length 1: the mean of the last layer's."""
+    hidden: Any = model(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state
+    return F.normalize(hidden.mean(1), dim=1)
+
+
+def likeness(trial: Trial) -> tuple[float, dict[str, float], Costs]:
+    """Mean cosine of a passage's vector and the one that the model gave before it was quantised.
+
+    Also how often the vector of a passage's first half is nearest to that of its second half.
+    """
+    exact = embeddings(trial.model, trial.passages)
+    model = quantised(trial, copy.deepcopy(trial.model))
+    cosine = (embeddings(model, trial.passages) * exact).sum(1).mean().item()
+    if cosine != cosine:  # not a number
+        raise Diverged("the model's vectors are no longer finite")
+    first, second = (embeddings(model, half) for half in trial.passages.chunk(2, 1))
+    found = (first @ second.t()).argmax(1) == torch.arange(len(first))
+    size, figures = held(model)
+    return cosine, {"halves found": found.double().mean().item(), **figures}, Costs(peak_memory=size)
+
+
+encoder_ptq = TrainedTask(
+    name="encoder-ptq",
+    version=1,
+    metric=Metric("cosine", "maximize", "cosine", margin=0.005, worst=-1.0),
+    measure=likeness,
+    slots={"quantizer": quantizer_slot()},
+    model="minilm",
+    passages=64,
+    length=64,
+    calibration=(32, 64),
+)
