@@ -150,6 +150,7 @@ def Kron(  # noqa: N802
     params: ParamsT, lr: float = 1e-3, weight_decay: float = 0.0
 ) -> Optimizer:
     """`pytorch_optimizer.Kron`: PSGD with Kronecker factors."""
+    of_package("opt_einsum", "contract")  # torch's products of four tensors take the worst order without it
     make = of_package("pytorch_optimizer", "Kron")
     return make(params, lr=lr, weight_decay=weight_decay)  # type: ignore[no-any-return]
 
