@@ -3,9 +3,9 @@
 import ast
 import re
 from collections.abc import Sequence
-from pathlib import Path
 
 from fairtrial.catalog import FAMILIES, Catalogue
+from fairtrial.methods.registry import exported
 from fairtrial.trial.fingerprint import ROOT
 
 METHODS = ROOT / "methods"
@@ -35,15 +35,6 @@ def family_page(catalogue: Catalogue, family: str) -> str:
             if isinstance(node, ast.ClassDef | ast.FunctionDef) and node.name in names:
                 lines += _directive(f"fairtrial.methods.{family}.{node.name}", _members(node))
     return "\n".join(lines)
-
-
-def exported(stub: Path) -> dict[str, list[str]]:
-    """What a family exports, by the module that it comes from."""
-    found: dict[str, list[str]] = {}
-    for node in ast.parse(stub.read_text(encoding="utf-8")).body:
-        if isinstance(node, ast.ImportFrom) and node.module:
-            found.setdefault(node.module, []).extend(alias.name for alias in node.names)
-    return found
 
 
 def _members(node: ast.ClassDef | ast.FunctionDef) -> list[str]:

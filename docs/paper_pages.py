@@ -14,7 +14,7 @@ from fairtrial import tasks
 from fairtrial.catalog import FAMILIES, STATUSES, VERDICTS, Catalogue, Measurement, Paper
 from fairtrial.claims.code import code_of
 from fairtrial.contract import Task
-from fairtrial.methods.registry import Categorical, Entry, Integer, LogUniform, Space, Uniform, index
+from fairtrial.methods.registry import Categorical, Entry, Integer, LogUniform, Space, Uniform, addresses, index
 from fairtrial.report.wording import ranges
 from fairtrial.trial.fingerprint import ROOT
 from layout import filled, plain, table
@@ -47,7 +47,7 @@ WORDS = {
 
 def load() -> Catalogue:
     """The catalogue with all that is here: methods, evidence, and whether that is stale."""
-    return Catalogue.load({slug: [entry.address for entry in found] for slug, found in _methods().items()}, code_of)
+    return Catalogue.load(addresses(), code_of)
 
 
 @cache
@@ -78,13 +78,14 @@ def paper_page(catalogue: Catalogue, slug: str) -> str:
         paper=paper,
         status=catalogue.status(slug),
         methods=methods,
+        exports=catalogue.methods(slug),
         family=f"fairtrial.methods.{paper.family}",
         commands=comparisons(methods),
         claims=catalogue.claims(slug),
         evidence=evidence,
         stale=catalogue.stale(slug),
         setup=_docstring(ROOT / "claims" / paper.family / f"{slug}.py") if evidence else "",
-        sources=[(path.relative_to(ROOT.parent), _docstring(path)) for path in dict.fromkeys(map(_file, methods))],
+        sources=[(path.relative_to(ROOT.parent), _docstring(path)) for path in _files(paper, methods)],
     )
 
 
@@ -142,6 +143,12 @@ def comparisons(methods: Sequence[Entry]) -> list[str]:
 @cache
 def _tasks() -> list[Task]:
     return [tasks.load(name) for name in tasks.names()]
+
+
+def _files(paper: Paper, methods: Sequence[Entry]) -> list[Path]:
+    """Where the paper's methods stand: its own file, and others in which some are registered."""
+    own = ROOT / "methods" / paper.family / f"{paper.slug}.py"
+    return list(dict.fromkeys([*([own] if own.is_file() else []), *map(_file, methods)]))
 
 
 def _file(entry: Entry) -> Path:

@@ -610,12 +610,9 @@ class Interrupted(Exception):
 def _catalogue() -> "Catalogue":
     from fairtrial.catalog import Catalogue
     from fairtrial.claims.code import code_of
-    from fairtrial.methods.registry import index
+    from fairtrial.methods.registry import addresses
 
-    methods: dict[str, list[str]] = {}
-    for entry in index():
-        methods.setdefault(entry.paper, []).append(entry.address)
-    return Catalogue.load(methods, code_of)
+    return Catalogue.load(addresses(), code_of)
 
 
 def _paper_json(catalogue: "Catalogue", paper: "Paper") -> dict[str, Any]:

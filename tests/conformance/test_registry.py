@@ -8,7 +8,7 @@ import pytest
 
 from fairtrial.catalog import Catalogue
 from fairtrial.contract import hyperparameters
-from fairtrial.methods.registry import index
+from fairtrial.methods.registry import addresses, index
 from fairtrial.trial.fingerprint import ROOT
 
 from .kinds import KINDS
@@ -52,3 +52,12 @@ def test_every_public_name_of_a_family_can_be_imported():
         family = importlib.import_module(f"fairtrial.methods.{stub.parent.name}")
         for name in family.__all__:
             assert inspect.isclass(getattr(family, name)) or callable(getattr(family, name))
+
+
+def test_a_paper_without_a_slot_is_imported_from_its_own_file():
+    found = addresses()
+    assert found["adamp"] == ["fairtrial.methods.optimizers.AdamP", "fairtrial.methods.optimizers.SGDP"]
+    assert "fairtrial.methods.optimizers.DeepGA" in found["deep_ga"]
+    for address in found["deep_ga"]:
+        module, _, name = address.rpartition(".")
+        assert hasattr(importlib.import_module(module), name)

@@ -14,6 +14,7 @@ import pytest
 import api_pages
 import maths
 import paper_pages
+from fairtrial.methods.registry import exported
 
 ROOT = Path(__file__).parents[2]
 LOADS = {
@@ -91,7 +92,7 @@ def test_every_paper_and_every_exported_method_has_its_place(read):
         assert {claim.id for claim in catalogue[slug].claims} <= read[f"papers/{slug}.html"].ids, slug
     for family in api_pages.families():
         stub = api_pages.METHODS / family / "__init__.pyi"
-        names = [name for exported in api_pages.exported(stub).values() for name in exported]
+        names = [name for exported in exported(stub).values() for name in exported]
         assert {f"fairtrial.methods.{family}.{name}" for name in names} <= read[f"api/{family}.html"].ids
 
 

@@ -4,6 +4,7 @@
 from the source text, so that listing them imports neither torch nor any method.
 """
 
+import ast
 import importlib
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -161,3 +162,25 @@ def index() -> tuple[Entry, ...]:
         announced = _announcement.finditer(path.read_text(encoding="utf-8"))
         entries += [Entry(found["paper"], found["slot"], found["name"], module) for found in announced]
     return tuple(entries)
+
+
+def exported(stub: Path) -> dict[str, list[str]]:
+    """What a family exports, by the module that it comes from."""
+    found: dict[str, list[str]] = {}
+    for node in ast.parse(stub.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.ImportFrom) and node.module:
+            found.setdefault(node.module, []).extend(alias.name for alias in node.names)
+    return found
+
+
+@cache
+def addresses() -> dict[str, list[str]]:
+    """What a person imports of each paper: its registered methods, or all that its file exports if it has none."""
+    found: dict[str, list[str]] = {}
+    for entry in index():
+        found.setdefault(entry.paper, []).append(entry.address)
+    for stub in sorted(Path(__file__).parent.glob("*/__init__.pyi")):
+        family = f"{__package__}.{stub.parent.name}"
+        for module, names in exported(stub).items():
+            found.setdefault(module, [f"{family}.{name}" for name in names])
+    return found
