@@ -25,6 +25,8 @@ NOT_RUN = (
     "python -m venv ",
     "fairtrial calibrate ",
     "fairtrial check ",
+    "fairtrial models ",
+    "fairtrial compare smollm2-",
     "tensorboard ",
     "ray ",
     "export ",
