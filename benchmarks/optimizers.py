@@ -1,4 +1,4 @@
-"""Steps of every registered optimizer on the tensors of a transformer, beside torch's foreach AdamW and peer packages.
+"""Steps of the registered optimizers on the tensors of a transformer, beside torch's foreach AdamW and peer packages.
 
     pip install --target PEERS --no-deps pytorch_optimizer==4.1.0 heavyball==3.2.1 galore-torch==1.0
     OMP_NUM_THREADS=2 python benchmarks/optimizers.py PEERS [NAME ...]
@@ -105,8 +105,14 @@ PEERS_OF = {
     "SGDP": ("pytorch_optimizer", of_pytorch_optimizer("SGDP")),
     "DiffGrad": ("pytorch_optimizer", of_pytorch_optimizer("DiffGrad")),
     "OrthoGrad": ("pytorch_optimizer", orthograd),
+    "Prodigy": ("pytorch_optimizer", of_pytorch_optimizer("Prodigy")),
     "GaLoreAdamW": ("galore-torch", galore),
 }
+
+
+def is_measured(entry: Entry) -> bool:
+    """Neither optimizers of other packages, nor K-FAC, whose step needs what a backward pass leaves behind."""
+    return not entry.module.endswith(".packages") and entry.name != "KFAC"
 
 
 def adamw() -> Optimizer:
@@ -198,7 +204,7 @@ def main(peers: Path, names: Sequence[str]) -> None:
     sys.path.append(str(peers))
     without_bitsandbytes(peers)
     warnings.filterwarnings("ignore")  # of peers
-    entries = {entry.name: entry for entry in index() if entry.slot == "optimizer"}
+    entries = {entry.name: entry for entry in index() if entry.slot == "optimizer" and is_measured(entry)}
     unknown = [name for name in names if name not in (*entries, "heavyball")]
     if unknown:
         sys.exit(f"no optimizer is called {', '.join(unknown)}: choose from {', '.join([*entries, 'heavyball'])}")

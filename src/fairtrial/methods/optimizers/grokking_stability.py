@@ -40,6 +40,7 @@ from torch.optim.optimizer import ParamsT
 
 from fairtrial.methods.arguments import require
 from fairtrial.methods.losses.classification import check_reduction, check_scores, reduce
+from fairtrial.methods.optimizers.pieces import dots, pieces
 from fairtrial.methods.optimizers.torch_contract import batches, check_state, evaluate, with_gradient
 from fairtrial.methods.registry import LogUniform, method
 
@@ -164,7 +165,8 @@ class OrthoGrad(Optimizer):
     @_disable_dynamo
     def _gather(self) -> list[tuple[bool, tuple[list[Tensor], ...]]]:
         pairs = zip(self.param_groups, with_gradient(self), strict=True)
-        return [(g["rescale"], batch) for g, lists in pairs for batch in batches(*lists, foreach=True)]
+        whole = [(g["rescale"], batch) for g, lists in pairs for batch in batches(*lists, foreach=True)]
+        return [(rescale, piece) for rescale, batch in whole for piece in pieces(batch)]
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -194,13 +196,13 @@ class OrthoGrad(Optimizer):
 def without_radial_part(params: list[Tensor], grads: list[Tensor], rescale: bool) -> list[Tensor]:
     """g - ⟨w, g⟩ / ⟨w, w⟩ w for each tensor, or that at the length of g, as new tensors of one device and dtype."""
     dtype = torch.promote_types(params[0].dtype, torch.float32)
-    dots = [product.sum(dtype=dtype) for product in torch._foreach_mul(params, grads)]
     lengths = torch._foreach_norm(params, 2, dtype)
     along = [
-        (dot / w.square()).where((w > 0) & (p.numel() > 1), 0.0).to(p.dtype)
-        for p, dot, w in zip(params, dots, lengths, strict=True)
+        (-dot / w.square()).where((w > 0) & (p.numel() > 1), 0.0).to(p.dtype)
+        for p, dot, w in zip(params, dots(params, grads, dtype), lengths, strict=True)
     ]
-    projected = list(torch._foreach_sub(grads, torch._foreach_mul(params, along)))
+    projected = list(torch._foreach_mul(params, along))
+    torch._foreach_add_(projected, grads)
     if rescale:
         wanted, found = torch._foreach_norm(grads, 2, dtype), torch._foreach_norm(projected, 2, dtype)
         torch._foreach_mul_(projected, [torch.where(b == 0, 0.0, a / b) for a, b in zip(wanted, found, strict=True)])

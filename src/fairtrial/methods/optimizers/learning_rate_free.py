@@ -39,6 +39,8 @@ from torch.optim.optimizer import ParamsT
 
 from fairtrial.methods.arguments import require
 from fairtrial.methods.optimizers.adam import adam_state, adam_state_shapes, bias_corrections, check_adam
+from fairtrial.methods.optimizers.pieces import dots as inner_products
+from fairtrial.methods.optimizers.pieces import pieces
 from fairtrial.methods.optimizers.torch_contract import batches, check_rates, check_state, evaluate, with_gradient
 from fairtrial.methods.registry import LogUniform, method
 
@@ -156,7 +158,8 @@ class Prodigy(_OneEstimate):
             names = ("exp_avg", "exp_avg_sq", "grad_sum", "initial", "numerator")
             lists = [[self.state[p][name] for p in params] for name in names]
             rate = torch.tensor(float(group["lr"]), dtype=torch.float64)
-            gathered += [(group, rate, batch) for batch in batches(params, grads, *lists, foreach=group["foreach"])]
+            for batch in batches(params, grads, *lists, foreach=group["foreach"]):
+                gathered += [(group, rate, piece) for piece in pieces(batch)]
         for step in [self.state[p]["step"] for params, _ in pairs for p in params]:
             step += 1
         known = [self.state[p] for group in self.param_groups for p in self._known(group)]
@@ -190,8 +193,7 @@ class Prodigy(_OneEstimate):
             torch._foreach_mul_(sums, beta3)
             torch._foreach_add_(sums, torch._foreach_mul(scaled, weight))
             lengths += torch._foreach_norm(sums, 1, dtype=numerators[0].dtype)
-            torch._foreach_mul_(scaled, torch._foreach_sub(initials, params))
-            inner = [products.sum(dtype=numerators[0].dtype) for products in scaled]
+            inner = inner_products(scaled, list(torch._foreach_sub(initials, params)), numerators[0].dtype)
             torch._foreach_mul_(numerators, beta3)
             torch._foreach_add_(numerators, torch._foreach_mul(inner, (eta / group["d0"]).to(params[0].device)))
             dots += torch._foreach_mul(numerators, group["d_coef"])
@@ -200,11 +202,10 @@ class Prodigy(_OneEstimate):
         for (group, _, (params, _, exp_avgs, exp_avg_sqs, *_)), eta in zip(gathered, etas, strict=True):
             denominators = torch._foreach_sqrt(exp_avg_sqs)
             torch._foreach_add_(denominators, (new * group["eps"]).to(denominators[0]))
-            updates = torch._foreach_div(exp_avgs, denominators)
-            torch._foreach_mul_(updates, eta.to(params[0].device))
+            torch._foreach_div_(denominators, (-eta).to(params[0].device))
             if group["weight_decay"]:
                 torch._foreach_mul_(params, (1 - group["weight_decay"] * eta).to(params[0].device))
-            torch._foreach_sub_(params, updates)
+            torch._foreach_addcdiv_(params, exp_avgs, denominators)
         for estimate in estimates:
             estimate.copy_(new)
         return loss
