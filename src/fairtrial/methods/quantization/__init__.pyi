@@ -5,6 +5,9 @@ from .decoupleq import minimize_block as minimize_block
 from .gptq import GPTQ as GPTQ
 from .gptq import error_feedback as error_feedback
 from .gptq import gptq_round as gptq_round
+from .gwq import GWQ as GWQ
+from .gwq import gradient_outlier_mask as gradient_outlier_mask
+from .gwq import gwq_quantize as gwq_quantize
 from .hadamard import hadamard_matrix as hadamard_matrix
 from .hadamard import hadamard_transform as hadamard_transform
 from .packing import CPUInt4Linear as CPUInt4Linear
