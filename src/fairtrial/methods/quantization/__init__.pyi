@@ -1,3 +1,13 @@
+from .decoupleq import DecoupleQ as DecoupleQ
+from .decoupleq import decoupleq_quantize_linear as decoupleq_quantize_linear
+from .decoupleq import fit_scale_zero as fit_scale_zero
+from .decoupleq import minimize_block as minimize_block
+from .gptq import GPTQ as GPTQ
+from .gptq import error_feedback as error_feedback
+from .gptq import gptq_round as gptq_round
+from .gwq import GWQ as GWQ
+from .gwq import gradient_outlier_mask as gradient_outlier_mask
+from .gwq import gwq_quantize as gwq_quantize
 from .hadamard import hadamard_matrix as hadamard_matrix
 from .hadamard import hadamard_transform as hadamard_transform
 from .packing import CPUInt4Linear as CPUInt4Linear
