@@ -10,5 +10,11 @@ from .quantize import RoundToNearest as RoundToNearest
 from .quantize import average_bits as average_bits
 from .quantize import for_inference_ as for_inference_
 from .quantize import quantize_ as quantize_
+from .quest import QuESTLinear as QuESTLinear
+from .quest import best_half_range as best_half_range
+from .quest import gaussian_error as gaussian_error
+from .quest import gaussian_scale as gaussian_scale
+from .quest import quest_linear as quest_linear
+from .quest import quest_quantize as quest_quantize
 from .storage import load_packed_ as load_packed_
 from .storage import save_packed as save_packed
