@@ -1,5 +1,14 @@
 from .hadamard import hadamard_matrix as hadamard_matrix
 from .hadamard import hadamard_transform as hadamard_transform
+from .ofq import ConfidenceGuidedAnnealing as ConfidenceGuidedAnnealing
+from .ofq import LSQActivation as LSQActivation
+from .ofq import OscillationTracker as OscillationTracker
+from .ofq import QKReparamAttention as QKReparamAttention
+from .ofq import ShiftedLSQ as ShiftedLSQ
+from .ofq import StatsQLinear as StatsQLinear
+from .ofq import StatsQuantizer as StatsQuantizer
+from .ofq import anneal as anneal
+from .ofq import statsq_linear as statsq_linear
 from .packing import CPUInt4Linear as CPUInt4Linear
 from .packing import PackedLinear as PackedLinear
 from .packing import pack as pack
