@@ -10,6 +10,15 @@ from .gwq import gradient_outlier_mask as gradient_outlier_mask
 from .gwq import gwq_quantize as gwq_quantize
 from .hadamard import hadamard_matrix as hadamard_matrix
 from .hadamard import hadamard_transform as hadamard_transform
+from .ofq import ConfidenceGuidedAnnealing as ConfidenceGuidedAnnealing
+from .ofq import LSQActivation as LSQActivation
+from .ofq import OscillationTracker as OscillationTracker
+from .ofq import QKReparamAttention as QKReparamAttention
+from .ofq import ShiftedLSQ as ShiftedLSQ
+from .ofq import StatsQLinear as StatsQLinear
+from .ofq import StatsQuantizer as StatsQuantizer
+from .ofq import anneal as anneal
+from .ofq import statsq_linear as statsq_linear
 from .packing import CPUInt4Linear as CPUInt4Linear
 from .packing import PackedLinear as PackedLinear
 from .packing import pack as pack
@@ -20,5 +29,11 @@ from .quantize import RoundToNearest as RoundToNearest
 from .quantize import average_bits as average_bits
 from .quantize import for_inference_ as for_inference_
 from .quantize import quantize_ as quantize_
+from .quest import QuESTLinear as QuESTLinear
+from .quest import best_half_range as best_half_range
+from .quest import gaussian_error as gaussian_error
+from .quest import gaussian_scale as gaussian_scale
+from .quest import quest_linear as quest_linear
+from .quest import quest_quantize as quest_quantize
 from .storage import load_packed_ as load_packed_
 from .storage import save_packed as save_packed
