@@ -1,3 +1,9 @@
+from .rotatekv import RotateKVCache as RotateKVCache
+from .rotatekv import calibrate_channel_order as calibrate_channel_order
+from .rotatekv import fuse_rotatekv as fuse_rotatekv
+from .rotatekv import quantize_per_token as quantize_per_token
+from .rotatekv import rotate_keys as rotate_keys
+from .rotatekv import sink_tokens as sink_tokens
 from .xkv import XKVCache as XKVCache
 from .xkv import cross_layer_svd as cross_layer_svd
 from .xkv import group_layers as group_layers

@@ -90,7 +90,8 @@ def reconstruct(
     coefficients: Float[Tensor, "b t r"], basis: Float[Tensor, "b r n"], heads: int
 ) -> Float[Tensor, "b {heads} t d"]:
     """A Bⁱ, as a cache holds the keys (or values) of a layer."""
-    return (coefficients @ basis).unflatten(-1, (heads, -1)).transpose(1, 2)
+    tokens: Tensor = (coefficients @ basis).unflatten(-1, (heads, -1))
+    return tokens.transpose(1, 2)
 
 
 def xkv_bytes(tokens: int, width: int, group_size: int, rank: int, element_size: int = 2) -> int:
