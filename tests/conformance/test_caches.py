@@ -19,6 +19,7 @@ from fairtrial.methods.registry import index
 CACHES = [entry for entry in index() if entry.slot == "cache"]
 EXACT = {  # settings with which nothing is lost
     "RotateKVCache": {"bits": 16},
+    "cskv_cache": {"k_density": 1.0, "v_density": 1.0, "steps": 0},
     "XKVCache": {"rank_k": 256, "rank_v": 256},  # 4 layers of 2 heads of 32 channels
 }
 PROMPT, STEPS, LONG = 40, 8, 70

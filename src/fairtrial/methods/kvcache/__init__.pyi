@@ -1,3 +1,13 @@
+from .cskv import CSKVCache as CSKVCache
+from .cskv import CSKVFactors as CSKVFactors
+from .cskv import CSKVProjection as CSKVProjection
+from .cskv import asvd_factorize as asvd_factorize
+from .cskv import cskv_cache as cskv_cache
+from .cskv import enable_cskv as enable_cskv
+from .cskv import factorize_cskv as factorize_cskv
+from .cskv import fake_quantize_keys as fake_quantize_keys
+from .cskv import fake_quantize_values as fake_quantize_values
+from .cskv import train_cskv as train_cskv
 from .rotatekv import RotateKVCache as RotateKVCache
 from .rotatekv import calibrate_channel_order as calibrate_channel_order
 from .rotatekv import fuse_rotatekv as fuse_rotatekv
