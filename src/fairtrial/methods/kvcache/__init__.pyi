@@ -1,3 +1,7 @@
+from .prefixkv import PrefixKVCache as PrefixKVCache
+from .prefixkv import calibrate_prefix_ratios as calibrate_prefix_ratios
+from .prefixkv import prefix_budgets as prefix_budgets
+from .prefixkv import select_prefix as select_prefix
 from .xkv import XKVCache as XKVCache
 from .xkv import cross_layer_svd as cross_layer_svd
 from .xkv import group_layers as group_layers
