@@ -14,6 +14,10 @@ from .rotatekv import fuse_rotatekv as fuse_rotatekv
 from .rotatekv import quantize_per_token as quantize_per_token
 from .rotatekv import rotate_keys as rotate_keys
 from .rotatekv import sink_tokens as sink_tokens
+from .prefixkv import PrefixKVCache as PrefixKVCache
+from .prefixkv import calibrate_prefix_ratios as calibrate_prefix_ratios
+from .prefixkv import prefix_budgets as prefix_budgets
+from .prefixkv import select_prefix as select_prefix
 from .xkv import XKVCache as XKVCache
 from .xkv import cross_layer_svd as cross_layer_svd
 from .xkv import group_layers as group_layers

@@ -1,7 +1,7 @@
 """What caches of compressed keys and values have in common: tensors by name, to be counted, saved and picked from.
 
-A cache that needs more of the model than the keys and values that `update` is handed has `prepare(model)`, a context
-manager within which it is used.
+A cache that needs more of the model than the keys and values that `update` is handed has `attached_to(model)`, a
+context manager within which it is used.
 """
 
 from collections.abc import Mapping
