@@ -14,7 +14,7 @@ from fairtrial.trial.fingerprint import ROOT
 from .kinds import KINDS
 
 ENTRIES = index()
-SLOTS = {*KINDS, "optimizer", "regression_loss", "schedule", "batch", "sampler", "layer"}
+SLOTS = {*KINDS, "optimizer", "regression_loss", "schedule", "batch", "sampler", "layer", "decoder"}
 
 
 @pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.name)
