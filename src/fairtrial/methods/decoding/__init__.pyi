@@ -1,3 +1,8 @@
+from .mirostat import MirostatLogitsProcessor as MirostatLogitsProcessor
+from .mirostat import mirostat_generate as mirostat_generate
+from .mirostat import mirostat_k as mirostat_k
+from .mirostat import zipf_cross_entropy as zipf_cross_entropy
+from .mirostat import zipf_exponent as zipf_exponent
 from .sampling import sample as sample
 from .top_h import TopHLogitsProcessor as TopHLogitsProcessor
 from .top_h import ecmm_bruteforce as ecmm_bruteforce
