@@ -32,7 +32,7 @@ def normal(*shape, seed=0):
 @torch.no_grad()
 def read(model, cache, ids, *, prompt=20):
     """Logits of a prompt and of single tokens after it."""
-    with cache.prepare(model):
+    with cache.attached_to(model):
         parts = [ids[:, :prompt], *(ids[:, i : i + 1] for i in range(prompt, ids.shape[1]))]
         return torch.cat([model(part, past_key_values=cache).logits for part in parts], 1)
 
@@ -116,7 +116,7 @@ def test_a_prompt_of_a_window_is_compressed(small_gpt):
 def test_decoding_is_what_the_stored_features_say(small_gpt, bits):
     model, cache = small_gpt.model, CSKVCache(factorize_cskv(small_gpt.model, 0.5, 0.5), 16, bits, bits)
     for length in range(20, 53):
-        with torch.no_grad(), cache.prepare(model):
+        with torch.no_grad(), cache.attached_to(model):
             start = 0 if length == 20 else length - 1
             model(IDS[:, start:length], past_key_values=cache)
         layer = cache.layers[2]
@@ -165,7 +165,7 @@ def test_positions_moved_by_a_constant_change_nothing(small_gpt):
     logits = []
     for shift in (0, 9):
         cache = CSKVCache(factors, 8)
-        with torch.no_grad(), cache.prepare(model):
+        with torch.no_grad(), cache.attached_to(model):
             for start, stop in ((0, 20), (20, 21), (21, 30)):
                 positions = torch.arange(start, stop)[None] + shift
                 out = model(IDS[:, start:stop], past_key_values=cache, position_ids=positions)
@@ -283,7 +283,7 @@ def test_misuse_is_refused_with_the_argument_named(small_gpt, minilm):
         train_cskv(factors, model, [])
     with pytest.raises(ValueError, match="batches"):
         train_cskv(factors, model, [IDS[:, :10]], k_bits=4)
-    with pytest.raises(ValueError, match="prepare"):
+    with pytest.raises(ValueError, match="attached_to"):
         model(IDS, past_key_values=CSKVCache(factors))
     with pytest.raises(ValueError, match="u must"):
         fake_quantize_keys(normal(1, 5, 4), 2, 2)

@@ -193,7 +193,7 @@ def test_fused_weights_give_the_original_logits(small_gpt):
         (quantised, model, RotateKVCache(model.config, bits=4, order=orders)),
     )
     for logits, run, cache in runs:
-        with torch.no_grad(), cache.prepare(run) if isinstance(cache, RotateKVCache) else torch.no_grad():
+        with torch.no_grad(), cache.attached_to(run) if isinstance(cache, RotateKVCache) else torch.no_grad():
             logits.append(run(ids[:, :20], past_key_values=cache).logits)
             logits.append(run(ids[:, 20:], past_key_values=cache).logits)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
@@ -227,7 +227,7 @@ def test_without_rounding_smollm2_is_unchanged(smollm2):
     assert cache.head_group == 1  # three heads
     with torch.no_grad():
         plain = model(ids).logits
-        with cache.prepare(model):
+        with cache.attached_to(model):
             first, rest = (model(part, past_key_values=cache).logits for part in (ids[:, :16], ids[:, 16:]))
     torch.testing.assert_close(torch.cat([first, rest], 1), plain, rtol=0, atol=1e-3)  # of logits up to 30
 
@@ -245,12 +245,12 @@ def test_misuse_is_refused_with_the_argument_named(small_gpt, minilm):
         rotate_keys(normal(1, 3, 4, 64), 3)
     with pytest.raises(ValueError, match="rotary"):
         RotateKVCache(BertConfig())
-    with pytest.raises(ValueError, match="prepare"):
+    with pytest.raises(ValueError, match="attached_to"):
         handed(RotateKVCache(CONFIG), 4)
     with pytest.raises(ValueError, match="layers"):
-        RotateKVCache(CONFIG).prepare(small_gpt.model)
+        RotateKVCache(CONFIG).attached_to(small_gpt.model)
     with pytest.raises(ValueError, match="model"):
-        RotateKVCache(CONFIG).prepare(minilm.model)
+        RotateKVCache(CONFIG).attached_to(minilm.model)
     with pytest.raises(ValueError, match="calibration"):
         calibrate_channel_order(small_gpt.model, [])
     with pytest.raises(ValueError, match="order"):

@@ -352,7 +352,9 @@ class CSKVLayer(HeldLayer):
     @torch.no_grad()
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         if self.seen is None:
-            raise ValueError("features are made of the attention's inputs: use it within `with cache.prepare(model)`")
+            raise ValueError(
+                "features are made of the attention's inputs: use it within `with cache.attached_to(model)`"
+            )
         (hidden, positions), self.seen = self.seen, None
         tokens = (key_states.shape[0], key_states.shape[2])
         fits = tuple(hidden.shape[:2]) == tokens
@@ -439,7 +441,7 @@ class CSKVLayer(HeldLayer):
 class CSKVCache(HeldCache):
     """A cache of narrow features, with exact keys and values for the tokens since the last full window.
 
-    It is used within `with cache.prepare(model):`.
+    It is used within `with cache.attached_to(model):`.
 
     Args:
         factors: of the model, as `factorize_cskv` makes and `train_cskv` trains them. They belong to the model, not to
@@ -464,7 +466,7 @@ class CSKVCache(HeldCache):
         self.settings = {"window": window, "k_bits": k_bits, "v_bits": v_bits, "channels": channels}
 
     @contextmanager
-    def prepare(self, model: nn.Module) -> Iterator[None]:
+    def attached_to(self, model: nn.Module) -> Iterator[None]:
         """Within, the cache is told the inputs of the model's attentions, and rotates keys as the model does.
 
         Raises:
@@ -497,7 +499,9 @@ class CSKVCache(HeldCache):
             cos, sin = self._embedding(like, positions[:, :tokens, 0].long())
             self._angles = cos[:, None], sin[:, None]
         if self._angles is None:
-            raise ValueError("keys are rotated by the model's embeddings: use it within `with cache.prepare(model)`")
+            raise ValueError(
+                "keys are rotated by the model's embeddings: use it within `with cache.attached_to(model)`"
+            )
         return self._angles
 
     def update(
@@ -535,7 +539,7 @@ def enable_cskv(
         ValueError: an argument lies outside its range, or the model does not fit.
     """
     cache = CSKVCache(factorize_cskv(model, k_density, v_density, calibration), window)
-    with cache.prepare(model):
+    with cache.attached_to(model):
         yield cache
 
 

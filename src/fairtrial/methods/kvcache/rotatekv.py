@@ -283,7 +283,9 @@ class RotateKVLayer(HeldLayer):
         if not self.cache.sinks:
             return None
         if self.found_sinks is None:
-            raise ValueError("sinks are found in the layers' inputs: use the cache within `with cache.prepare(model)`")
+            raise ValueError(
+                "sinks are found in the layers' inputs: use the cache within `with cache.attached_to(model)`"
+            )
         found, self.found_sinks = self.found_sinks, None
         return found
 
@@ -354,7 +356,7 @@ class RotateKVCache(HeldCache):
     """A cache of rotated, reordered and quantised keys and values, in which a few tokens of the prompt stay exact.
 
     The sinks are looked for in the inputs of the model's layers, when the first tokens come: with sinks the cache is
-    used within `with cache.prepare(model):`, unless `sink_indices` says where they are.
+    used within `with cache.attached_to(model):`, unless `sink_indices` says where they are.
 
     Args:
         config: of the model; its layers have full attention and rotary embeddings.
@@ -417,7 +419,7 @@ class RotateKVCache(HeldCache):
         """Bytes of all tensors that the cache holds, the order of channels included."""
         return super().nbytes + sum(int(layer.order.nbytes) for layer in self.layers if layer.order is not None)
 
-    def prepare(self, model: nn.Module) -> AbstractContextManager[None]:
+    def attached_to(self, model: nn.Module) -> AbstractContextManager[None]:
         """Within, the cache finds the sinks in the inputs of the model's layers.
 
         Raises:
