@@ -30,7 +30,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from fairtrial.methods.arguments import require
 from fairtrial.methods.kvcache.attention import AttendingCache
 from fairtrial.methods.kvcache.held import HeldLayer, check_crop, joined, last_removed, shape_of
-from fairtrial.methods.registry import Uniform, method
+from fairtrial.methods.registry import method
 
 HALVINGS = 64
 QUERIES_AT_ONCE = 128
@@ -267,7 +267,6 @@ class PrefixKVLayer(HeldLayer):
 @method(
     paper="prefixkv",
     slot="cache",
-    search={"keep_ratio": Uniform(0.1, 0.9)},
     bind=lambda setting: {"config": setting.config},
 )
 class PrefixKVCache(AttendingCache):
