@@ -1,4 +1,4 @@
-"""What MkDocs does beyond rendering the guide: pages of papers, optimizers and methods join it, figures, equations."""
+"""What MkDocs does beyond rendering the guide: pages of papers, choices and methods join it, figures, equations."""
 
 from typing import Any
 
@@ -7,8 +7,8 @@ from mkdocs.structure.files import File, Files
 
 import api_pages
 import calibration_tables
+import choice_pages
 import maths
-import optimizer_page
 import paper_pages
 from fairtrial.catalog import FAMILIES, Catalogue
 
@@ -19,8 +19,9 @@ def on_config(config: MkDocsConfig) -> None:
     """The generated pages take their places in the navigation."""
     for section in config.nav or []:
         if "Papers" in section:
-            overviews = [{"What held up": "papers/verdicts.md"}, {"Which optimizer?": optimizer_page.ADDRESS}]
-            section["Papers"] = ["papers/index.md", *overviews, *_by_family(_catalogue)]
+            choices = [{guide.title: guide.address} for guide in choice_pages.GUIDES]
+            overviews = ["papers/index.md", {"What held up": "papers/verdicts.md"}, *choices]
+            section["Papers"] = [*overviews, *_by_family(_catalogue)]
         if "API" in section:
             section["API"][:0] = [{"Methods": [f"api/{family}.md" for family in api_pages.families()]}]
 
@@ -31,7 +32,7 @@ def _by_family(catalogue: Catalogue) -> list[Any]:
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    makers = (paper_pages, optimizer_page, api_pages)
+    makers = (paper_pages, choice_pages, api_pages)
     for address, content in [made for maker in makers for made in maker.pages(_catalogue).items()]:
         files.append(File.generated(config, address, content=content))
     return files

@@ -14,7 +14,18 @@ from fairtrial.trial.fingerprint import ROOT
 from .kinds import KINDS
 
 ENTRIES = index()
-SLOTS = {*KINDS, "optimizer", "regression_loss", "schedule", "batch", "sampler", "layer"}
+SLOTS = {
+    *KINDS,
+    "optimizer",
+    "regression_loss",
+    "schedule",
+    "batch",
+    "sampler",
+    "layer",
+    "cache",
+    "decoder",
+    "quantizer",
+}
 
 
 @pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.name)

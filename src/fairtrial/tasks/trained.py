@@ -69,7 +69,7 @@ def not_quantised() -> None:
     """The weights as they are."""
 
 
-CACHES = (Method("DynamicCache", "cache", dynamic_cache),)
+CACHES = (Method("DynamicCache", "cache", dynamic_cache, bind=lambda setting: {"config": setting.config}),)
 QUANTIZERS = (
     Method("NotQuantised", "quantizer", not_quantised),
     Method(
@@ -85,8 +85,8 @@ ROUND_TO_NEAREST = Choice("RoundToNearest")
 
 
 def cache_slot(default: Choice = PLAIN_CACHE) -> Slot:
-    """Caches of keys and values, as `transformers` has them, made for the model's config."""
-    return Slot("cache", default, Options(CACHES, "cache"), lambda setting: {"config": setting.config})
+    """Caches of keys and values, as `transformers` has them, made for the model."""
+    return Slot("cache", default, Options(CACHES, "cache"))
 
 
 def quantizer_slot(default: Choice = ROUND_TO_NEAREST) -> Slot:

@@ -1,7 +1,8 @@
 from datetime import date
 
-import optimizer_page
+import choice_pages
 import paper_pages
+from choice_pages import BITS, GUIDES, OPTIMIZERS
 from fairtrial.catalog import Catalogue, Claim, Evidence, Finding, Machine, Measurement, Paper
 from fairtrial.methods.registry import index
 
@@ -54,7 +55,7 @@ def made():
 
 
 def test_what_was_measured_alike_stands_in_one_figure():
-    found = optimizer_page.figures(made())
+    found = choice_pages.figures(made(), OPTIMIZERS)
     assert [(figure.kind, figure.quantity, list(figure.measured)) for figure in found] == [
         ("quality", "test accuracy", ["AdamP", "AdamW", EVIL]),
         ("quality", "test accuracy", ["AdamP", "SGD"]),
@@ -67,7 +68,7 @@ def test_what_was_measured_alike_stands_in_one_figure():
 
 def test_each_optimizer_stands_beside_its_baselines():
     catalogue = made()
-    page = optimizer_page.pages(catalogue)[optimizer_page.ADDRESS]
+    page = choice_pages.pages(catalogue)[OPTIMIZERS.address]
     (line,) = [line for line in page.splitlines() if line.startswith("| [AdamP]")]
     assert "test accuracy 0.9, AdamW 0.85<br> test accuracy 0.5, SGD 0.4 |" in line
     assert "1 partly" in line
@@ -75,12 +76,33 @@ def test_each_optimizer_stands_beside_its_baselines():
 
 
 def test_pictures_say_what_they_show_and_nothing_gets_through():
-    page = optimizer_page.pages(made())[optimizer_page.ADDRESS]
+    page = choice_pages.pages(made())[OPTIMIZERS.address]
     assert page.count("<svg ") == 4
     assert "AdamP: 0.9 [0.8, 0.95]; AdamW: 0.85" in page
     assert "<script" not in page
 
 
 def test_without_evidence_the_page_says_so():
-    page = optimizer_page.page(Catalogue(dict(paper_pages.load()).values()), [])
+    page = choice_pages.page(Catalogue(dict(paper_pages.load()).values()), OPTIMIZERS, [])
     assert page.count("Nothing is on record yet.") == 3
+
+
+def test_quality_stands_against_memory_where_both_were_measured():
+    arms = {"RoundToNearest": (4.5, 1.4), "GWQ": (3.8, 1.5), f"float {EVIL}": (32.0, 1.3)}
+    measured = [
+        Measurement(f"{quantity}, {arm}", value)
+        for arm, values in arms.items()
+        for quantity, value in zip(("bits per weight", "loss"), values, strict=True)
+    ]
+    finding = Finding("better", "partly", "It is.", (0, 1), measurements=tuple(measured))
+    evidence = Evidence("gwq", date(2021, 1, 1), "0" * 16, 1.0, Machine("a machine", 2, 24.0), {}, (finding,))
+    papers = [Paper(e.paper, "quantization", e.paper, date(2020, 2, 3), 1, "x", "memory", CLAIMS) for e in index()]
+    catalogue = Catalogue(papers, [evidence])
+    found = choice_pages.figures(catalogue, BITS)
+    ((memory, quality),) = choice_pages.tradeoffs(found, "gwq")
+    assert (memory.quantity, quality.quantity) == ("bits per weight", "loss")
+    page = choice_pages.pages(catalogue)[BITS.address]
+    assert "## Quality against memory" in page
+    assert "GWQ: 3.8, 1.5" in page
+    assert "<script" not in page
+    assert {guide.address for guide in GUIDES} == choice_pages.pages(catalogue).keys()

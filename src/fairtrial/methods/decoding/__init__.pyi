@@ -1,0 +1,13 @@
+from .mirostat import MirostatLogitsProcessor as MirostatLogitsProcessor
+from .mirostat import mirostat_generate as mirostat_generate
+from .mirostat import mirostat_k as mirostat_k
+from .mirostat import zipf_cross_entropy as zipf_cross_entropy
+from .mirostat import zipf_exponent as zipf_exponent
+from .sampling import sample as sample
+from .superposed_decoding import NGramInterpolator as NGramInterpolator
+from .superposed_decoding import SuperposedDecoding as SuperposedDecoding
+from .superposed_decoding import superposed_generate as superposed_generate
+from .superposed_decoding import superposition_weights as superposition_weights
+from .top_h import TopHLogitsProcessor as TopHLogitsProcessor
+from .top_h import ecmm_bruteforce as ecmm_bruteforce
+from .top_h import top_h_mask as top_h_mask

@@ -1,0 +1,138 @@
+"""What caches of compressed keys and values have in common: tensors by name, to be counted, saved and picked from.
+
+A cache that needs more of the model than the keys and values that `update` is handed has `attached_to(model)`, a
+context manager within which it is used.
+"""
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+try:
+    from transformers.cache_utils import Cache, CacheLayerMixin, get_layer_types_and_kwargs
+except ImportError as error:
+    raise ImportError("caches need an extra: pip install 'fairtrial[llm]'") from error
+
+from fairtrial.methods.arguments import require
+
+VERSION = 1
+
+
+class HeldLayer(CacheLayerMixin):
+    """A layer of a cache that holds tensors by name, with the batch as their first dimension.
+
+    Attributes:
+        parts: the names of attributes that are a tensor, or None where there is none yet.
+    """
+
+    parts: ClassVar[tuple[str, ...]]
+    is_sliding = False
+    supports_early_init = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reset()
+
+    def held(self) -> dict[str, Tensor]:
+        """The tensors that there are."""
+        found = {name: getattr(self, name) for name in self.parts}
+        return {name: tensor for name, tensor in found.items() if tensor is not None}
+
+    def hold(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take the place of what is held."""
+        for name in self.parts:
+            setattr(self, name, tensors.get(name))
+        self.is_initialized = bool(tensors)
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.is_initialized = True
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.get_seq_length() + query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def reset(self) -> None:
+        self.hold({})
+
+    def reorder_cache(self, beam_idx: Int[Tensor, " b"]) -> None:
+        self.batch_select_indices(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self.hold({name: tensor.repeat_interleave(repeats, 0) for name, tensor in self.held().items()})
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self.hold({name: tensor[indices.to(tensor.device)] for name, tensor in self.held().items()})
+
+
+class HeldCache(Cache):
+    """A cache of `HeldLayer`s that knows its size and can be saved.
+
+    Attributes:
+        settings: what the cache was made with; only one made alike loads what it saved.
+    """
+
+    layers: list[Any]
+    settings: dict[str, Any]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors that the cache holds."""
+        return sum(tensor.nbytes for layer in self.layers for tensor in layer.held().values())
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that the cache holds, for `torch.save`; it can be loaded with `weights_only=True`."""
+        layers = [layer.held() for layer in self.layers]
+        return {"cache": type(self).__name__, "version": VERSION, "settings": self.settings, "layers": layers}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what a cache made alike has saved.
+
+        Raises:
+            ValueError: it is another cache's, of another version, or one's with other settings; nothing is changed.
+        """
+        kind, version, count = state.get("cache"), state.get("version"), len(state.get("layers", ()))
+        require(kind == type(self).__name__, "state", kind, f"what a {type(self).__name__} has saved")
+        require(version == VERSION, "state", f"version {version}", f"of version {VERSION}")
+        require(state["settings"] == self.settings, "state", state["settings"], f"of a cache with {self.settings}")
+        require(count == len(self.layers), "state", f"{count} layers", f"of {len(self.layers)} layers")
+        for layer, tensors in zip(self.layers, state["layers"], strict=True):
+            layer.hold(tensors)
+
+
+def shape_of(config: Any) -> tuple[int, int, int]:
+    """Layers, heads of keys and values, and channels of a head, of a model by its configuration.
+
+    Raises:
+        ValueError: layers are not all of full attention.
+    """
+    config = config.get_text_config(decoder=True)
+    kinds = sorted(set(get_layer_types_and_kwargs(config)[0]))
+    require(kinds == ["full_attention"], "config", kinds, "of a model with full attention in all layers")
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return config.num_hidden_layers, heads, width
+
+
+def joined(tensors: list[Tensor | None]) -> Tensor:
+    """One after the other along the tokens, without those that there are not; a single one as it is."""
+    found = [tensor for tensor in tensors if tensor is not None]
+    return found[0] if len(found) == 1 else torch.cat(found, -2)
+
+
+def last_removed(tensor: Tensor | None, tokens: int) -> Tensor | None:
+    """Without its last tokens, in memory of its own; None where nothing is left."""
+    if tensor is None or not tokens:
+        return tensor
+    left = tensor.shape[-2] - tokens
+    return tensor[..., :left, :].clone() if left > 0 else None
+
+
+def check_crop(tokens_to_remove: int, length: int) -> int:
+    """How many tokens `crop` is to remove: it takes a number that is not above 0."""
+    require(-length <= tokens_to_remove <= 0, "tokens_to_remove", tokens_to_remove, f"from -{length} to 0")
+    return -tokens_to_remove
