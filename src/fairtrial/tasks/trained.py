@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from fairtrial.contract import BadInput, Choice, Costs, Metric, Outcome, Progress, Slot, Split
 from fairtrial.methods.arguments import require
 from fairtrial.methods.optimizers.state_size import tensors_within
+from fairtrial.methods.quantization.gptq import GPTQ
 from fairtrial.methods.quantization.quantize import RoundToNearest
 from fairtrial.methods.registry import Method
 from fairtrial.tasks import documentation, models
@@ -70,14 +71,16 @@ def not_quantised() -> None:
 
 
 CACHES = (Method("DynamicCache", "cache", dynamic_cache, bind=lambda setting: {"config": setting.config}),)
+
+
+def asked_for(setting: Setting) -> dict[str, Any]:
+    return {"bits": setting.bits, "group_size": setting.group_size}
+
+
 QUANTIZERS = (
     Method("NotQuantised", "quantizer", not_quantised),
-    Method(
-        "RoundToNearest",
-        "quantizer",
-        RoundToNearest,
-        bind=lambda setting: {"bits": setting.bits, "group_size": setting.group_size},
-    ),
+    Method("RoundToNearest", "quantizer", RoundToNearest, bind=asked_for),
+    Method("GPTQ", "quantizer", GPTQ, bind=asked_for),
 )
 
 PLAIN_CACHE = Choice("DynamicCache")
@@ -172,13 +175,17 @@ class TrainedTask:
         require(split in ("validation", "test"), "split", split, "'validation' or 'test'")
         self._know(choices)
         streams = Streams(seed)
-        setting = self._setting(streams)
-        passages = self.text(self.model, split, self.passages, self.length, streams("passages"))
+        setting, passages = self.given(seed, split)
         parts = self._parts(choices, setting, streams)
         with streams.globally("run"), torch.no_grad():
             value, figures, costs = self.measure(Trial(self, setting, parts, passages, streams))
         progress(1, 1, value)
         return Outcome(value=value, metrics=figures, costs=costs, seconds=perf_counter() - start)
+
+    def given(self, seed: int, split: Split) -> tuple[Setting, Int[Tensor, "n t"]]:
+        """What methods are told under a seed, and the passages that judge."""
+        streams = Streams(seed)
+        return self._setting(streams), self.text(self.model, split, self.passages, self.length, streams("passages"))
 
     def _know(self, choices: Mapping[str, Choice]) -> None:
         for name in choices:
