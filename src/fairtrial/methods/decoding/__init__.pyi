@@ -1,3 +1,9 @@
+from .grains import SteeringHook as SteeringHook
+from .grains import ablate_tokens as ablate_tokens
+from .grains import fit_steering_vectors as fit_steering_vectors
+from .grains import integrated_gradients as integrated_gradients
+from .grains import steering_vector as steering_vector
+from .grains import token_attributions as token_attributions
 from .mirostat import MirostatLogitsProcessor as MirostatLogitsProcessor
 from .mirostat import mirostat_generate as mirostat_generate
 from .mirostat import mirostat_k as mirostat_k
