@@ -15,6 +15,7 @@ NEEDED = ("torch", "numpy", "scipy", "scikit-learn", "optuna", "sqlalchemy")
 EXTRAS = {
     "transformers": "llm",
     "peft": "adapters",
+    "pytorch_optimizer": "optimizers",
     "psycopg": "postgres",
     "ray": "ray",
     "scikit-image": "vision",
