@@ -180,14 +180,14 @@ class XKVLayer(HeldLayer):
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         first = self.get_seq_length() == 0
         self.is_initialized = True
-        prompt_keys, prompt_values = self._prompt(key_states.shape[1])
+        prompt_keys, prompt_values = self.prompt(key_states.shape[1])
         self.keys, self.values = joined([self.keys, key_states]), joined([self.values, value_states])
         keys, values = joined([prompt_keys, self.keys]), joined([prompt_values, self.values])
         if first and self is self.group[-1]:
             self._factorize()
         return keys, values
 
-    def _prompt(self, heads: int) -> tuple[Tensor | None, Tensor | None]:
+    def prompt(self, heads: int) -> tuple[Tensor | None, Tensor | None]:
         """What stands for the keys and values of the prompt, if there is one."""
         a_k, a_v = self.group[0].key_coefficients, self.group[0].value_coefficients
         if self.key_basis is None or self.value_basis is None or a_k is None or a_v is None:
