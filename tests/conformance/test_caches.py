@@ -18,6 +18,7 @@ from fairtrial.methods.registry import index
 
 CACHES = [entry for entry in index() if entry.slot == "cache"]
 EXACT = {  # settings with which nothing is lost
+    "A2ATSCache": {"top_ratio": 1.0},
     "PrefixKVCache": {"keep_ratio": 1.0},
     "XKVCache": {"rank_k": 256, "rank_v": 256},  # 4 layers of 2 heads of 32 channels
 }

@@ -1,3 +1,15 @@
+from .a2ats import A2ATSCache as A2ATSCache
+from .a2ats import Codebooks as Codebooks
+from .a2ats import VQKeyCache as VQKeyCache
+from .a2ats import approx_scores as approx_scores
+from .a2ats import assign_codes as assign_codes
+from .a2ats import codewords as codewords
+from .a2ats import query_factor as query_factor
+from .a2ats import rotate_query as rotate_query
+from .a2ats import select_tokens as select_tokens
+from .a2ats import train_codebook as train_codebook
+from .a2ats import train_codebooks as train_codebooks
+from .a2ats import train_query_aware_codebook as train_query_aware_codebook
 from .prefixkv import PrefixKVCache as PrefixKVCache
 from .prefixkv import calibrate_prefix_ratios as calibrate_prefix_ratios
 from .prefixkv import prefix_budgets as prefix_budgets
