@@ -10,6 +10,15 @@ from .a2ats import select_tokens as select_tokens
 from .a2ats import train_codebook as train_codebook
 from .a2ats import train_codebooks as train_codebooks
 from .a2ats import train_query_aware_codebook as train_query_aware_codebook
+from .kv_prediction import BlockSizes as BlockSizes
+from .kv_prediction import KVPredictionModel as KVPredictionModel
+from .kv_prediction import KVPredictor as KVPredictor
+from .kv_prediction import block_sizes as block_sizes
+from .kv_prediction import default_layer_map as default_layer_map
+from .kv_prediction import kv_prediction_loss as kv_prediction_loss
+from .kv_prediction import layer_pruned_copy as layer_pruned_copy
+from .kv_prediction import pruned_layer_map as pruned_layer_map
+from .kv_prediction import ttft_flops as ttft_flops
 from .prefixkv import PrefixKVCache as PrefixKVCache
 from .prefixkv import calibrate_prefix_ratios as calibrate_prefix_ratios
 from .prefixkv import prefix_budgets as prefix_budgets
