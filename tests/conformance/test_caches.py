@@ -18,6 +18,7 @@ from fairtrial.methods.registry import index
 
 CACHES = [entry for entry in index() if entry.slot == "cache"]
 EXACT = {  # settings with which nothing is lost
+    "A2ATSCache": {"top_ratio": 1.0},
     "RotateKVCache": {"bits": 16},
     "cskv_cache": {"k_density": 1.0, "v_density": 1.0, "steps": 0},
     "PrefixKVCache": {"keep_ratio": 1.0},
