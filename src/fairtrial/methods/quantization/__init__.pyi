@@ -2,6 +2,14 @@ from .decoupleq import DecoupleQ as DecoupleQ
 from .decoupleq import decoupleq_quantize_linear as decoupleq_quantize_linear
 from .decoupleq import fit_scale_zero as fit_scale_zero
 from .decoupleq import minimize_block as minimize_block
+from .gaqat import GAQAT as GAQAT
+from .gaqat import GradientDisorder as GradientDisorder
+from .gaqat import LSQLayer as LSQLayer
+from .gaqat import LSQQuantizer as LSQQuantizer
+from .gaqat import gradient_disorder as gradient_disorder
+from .gaqat import lsq_layers as lsq_layers
+from .gaqat import quantizers_of as quantizers_of
+from .gaqat import running_statistics_kept as running_statistics_kept
 from .gptq import GPTQ as GPTQ
 from .gptq import error_feedback as error_feedback
 from .gptq import gptq_round as gptq_round
