@@ -18,6 +18,17 @@ from .gwq import gradient_outlier_mask as gradient_outlier_mask
 from .gwq import gwq_quantize as gwq_quantize
 from .hadamard import hadamard_matrix as hadamard_matrix
 from .hadamard import hadamard_transform as hadamard_transform
+from .mixdq import ActivationQuantizer as ActivationQuantizer
+from .mixdq import BOSAwareProjection as BOSAwareProjection
+from .mixdq import MixDQ as MixDQ
+from .mixdq import MixedGroup as MixedGroup
+from .mixdq import allocate_bits as allocate_bits
+from .mixdq import decoupled_allocate as decoupled_allocate
+from .mixdq import fake_quantize as fake_quantize
+from .mixdq import global_ssim as global_ssim
+from .mixdq import layer_sensitivity as layer_sensitivity
+from .mixdq import split_mean_bits as split_mean_bits
+from .mixdq import sqnr_db as sqnr_db
 from .ofq import ConfidenceGuidedAnnealing as ConfidenceGuidedAnnealing
 from .ofq import LSQActivation as LSQActivation
 from .ofq import OscillationTracker as OscillationTracker
