@@ -41,17 +41,17 @@ def part_of(split: str) -> Part:
     return "test" if split == "test" else "validation"
 
 
-def prepared(kv_cache: Any) -> AbstractContextManager[Any]:
-    """The model made ready for a cache, if it needs that."""
-    if hasattr(kv_cache, "prepare"):
-        context: AbstractContextManager[Any] = kv_cache.prepare(smollm2().model)
+def attached(kv_cache: Any) -> AbstractContextManager[Any]:
+    """A cache attached to the model, if it needs that."""
+    if hasattr(kv_cache, "attached_to"):
+        context: AbstractContextManager[Any] = kv_cache.attached_to(smollm2().model)
         return context
     return nullcontext()
 
 
 @torch.no_grad()
 def logits_of(ids: Int[Tensor, "b t"], kv_cache: Any) -> Float[Tensor, "b t v"]:
-    with prepared(kv_cache):
+    with attached(kv_cache):
         found: Tensor = smollm2().model(ids, past_key_values=kv_cache).logits
         return found
 
