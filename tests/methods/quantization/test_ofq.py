@@ -211,6 +211,13 @@ def test_surgery_shares_weights_and_leaves_what_it_is_told(small_gpt):
         assert model(ids).logits.isfinite().all()
 
 
+def test_surgery_leaves_attention_with_one_matrix_alone():
+    model = nn.Sequential(QKReparamAttention(8, 2), nn.Linear(8, 4))
+    statsq_linear(model)
+    assert type(model[0].query) is nn.Linear
+    assert type(model[1]) is StatsQLinear
+
+
 def test_training_at_two_bits_goes_down():
     x = normal(256, 16, dtype=torch.float32)
     y = (x[:, :8].square().sum(1) > 8).long()

@@ -16,6 +16,16 @@ from .gptq import gptq_round as gptq_round
 from .gwq import GWQ as GWQ
 from .gwq import gradient_outlier_mask as gradient_outlier_mask
 from .gwq import gwq_quantize as gwq_quantize
+from .adaquant import AdaQuant as AdaQuant
+from .adaquant import AffineFakeQuant as AffineFakeQuant
+from .adaquant import FakeQuantLayer as FakeQuantLayer
+from .adaquant import Rates as Rates
+from .adaquant import adaquant_layer as adaquant_layer
+from .adaquant import adaquant_model as adaquant_model
+from .adaquant import allocate_bits_ip as allocate_bits_ip
+from .adaquant import fold_batchnorm as fold_batchnorm
+from .adaquant import retune_batchnorm as retune_batchnorm
+from .adaquant import tune_bias as tune_bias
 from .hadamard import hadamard_matrix as hadamard_matrix
 from .hadamard import hadamard_transform as hadamard_transform
 from .mixdq import ActivationQuantizer as ActivationQuantizer

@@ -309,7 +309,7 @@ def statsq_linear(
 ) -> nn.Module:
     """Replace the linear layers of a model by `StatsQLinear`s with the same Parameters.
 
-    Attention that is to have QKR takes `QKReparamAttention.from_attention`.
+    Attention that is to have QKR takes `QKReparamAttention.from_attention` first, whose weights are left alone here.
 
     Args:
         model: changed in place; best one that has been trained without rounding, as the authors start.
@@ -326,6 +326,8 @@ def statsq_linear(
     require_bits(weight_bits, 2, "weight_bits")
     require_bits(act_bits, 1, "act_bits")
     names = {module: name for name, module in model.named_modules()}
+    rounded = [name for module, name in names.items() if isinstance(module, QKReparamAttention)]
+    factors = [f"{name}.{part}".lstrip(".") for name in rounded for part in ("query", "key", "value")]
 
     def make(layer: nn.Linear) -> StatsQLinear:
         name = names[layer]
@@ -341,7 +343,7 @@ def statsq_linear(
         made.weight, made.bias = layer.weight, layer.bias
         return made
 
-    return replace_linear_layers(model, make, skip=skip)
+    return replace_linear_layers(model, make, skip=(*skip, *factors))
 
 
 # Annealing ---------------------------------------------------------------------------------------------------------
