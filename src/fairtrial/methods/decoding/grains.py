@@ -255,7 +255,7 @@ def steer(
     if not preserve_norm:
         return steered
     was, becomes = (torch.linalg.vector_norm(x, dim=-1, keepdim=True) for x in (hidden, steered))
-    return steered * (was / (becomes + 1e-8))
+    return torch.mul(steered, was / (becomes + 1e-8))
 
 
 class SteeringHook:

@@ -142,7 +142,9 @@ def projections(model: Any) -> tuple[list[nn.Module], list[nn.Module]]:
     Raises:
         ValueError: the model has no such modules.
     """
-    attention = [getattr(layer, "self_attn", None) for layer in getattr(getattr(model, "model", None), "layers", ())]
+    attention: list[Any] = [
+        getattr(layer, "self_attn", None) for layer in getattr(getattr(model, "model", None), "layers", ())
+    ]
     fits = bool(attention) and all(hasattr(a, "k_proj") and hasattr(a, "v_proj") for a in attention)
     require(fits, "model", type(model).__name__, "a causal language model with k_proj and v_proj in every layer")
     return [a.k_proj for a in attention], [a.v_proj for a in attention]
@@ -223,7 +225,8 @@ class KVPredictionModel(nn.Module):
             heads = [d // head_width(base) for d in base_dims]
             predictor = KVPredictor(aux_dims, base_dims, heads, layer_map)
             predictor.to(next(base.parameters()))
-        found = [(p.in_features, p.out_features) for p in predictor.keys]  # type: ignore[union-attr]
+        linears: Any = predictor.keys
+        found = [(p.in_features, p.out_features) for p in linears]
         inside = max(predictor.layer_map) < len(aux_dims) and len(found) == len(base_dims)
         fits = inside and found == [(aux_dims[i], d) for i, d in zip(predictor.layer_map, base_dims, strict=True)]
         require(fits, "predictor", found, f"from {aux_dims} to {base_dims} channels")
@@ -332,7 +335,8 @@ def widths(model: Any) -> list[int]:
     Raises:
         ValueError: the model has no k_proj and v_proj in every layer.
     """
-    return [int(p.weight.shape[0]) for p in projections(model)[0]]  # type: ignore[union-attr,arg-type]
+    keys: Any = projections(model)[0]
+    return [int(p.weight.shape[0]) for p in keys]
 
 
 def kv_prediction_loss(

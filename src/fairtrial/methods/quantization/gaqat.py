@@ -58,10 +58,10 @@ class LSQQuantizer(LSQActivation):
         super().__init__(bits, signed is not False, channels=channels, axis=axis)
         self.undecided = signed is None
 
-    def get_extra_state(self) -> dict[str, bool]:
+    def get_extra_state(self) -> Any:
         return {"started": self.started, "signed": self.signed, "undecided": self.undecided}
 
-    def set_extra_state(self, state: dict[str, bool]) -> None:
+    def set_extra_state(self, state: Any) -> None:
         self.started, self.undecided = state["started"], state["undecided"]
         self._allow(state["signed"])
 

@@ -133,10 +133,10 @@ class LSQActivation(nn.Module):
         self.step = nn.Parameter(torch.ones(channels))
         self.started = False
 
-    def get_extra_state(self) -> bool:
+    def get_extra_state(self) -> Any:
         return self.started
 
-    def set_extra_state(self, state: bool) -> None:
+    def set_extra_state(self, state: Any) -> None:
         self.started = state
 
     def forward(self, x: Float[Tensor, "*s"]) -> Float[Tensor, "*s"]:

@@ -25,7 +25,7 @@ rule, as against Kaiming's here, as in peft. The paper quantises by GPTQ; any qu
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -38,7 +38,7 @@ from fairtrial.methods.quantization.packing import PackedLinear
 from fairtrial.methods.quantization.packing import group_size as group_size_of
 from fairtrial.methods.quantization.quantize import Config, Found, Want, check_groups
 
-Quantizer = Callable[..., Config]
+Quantizer = Callable[..., Any]  # gives a `Config` of `quantize_`
 WIDTHS = 2, 3, 4
 
 
@@ -124,8 +124,8 @@ class OnceForAllQuantLinear(nn.Module):
         self.copies, self.adapters = nn.ModuleDict(), nn.ModuleDict()
         for b in self.bits:
             copy = _quantised(quantizer(bits=b, group_size=group_size), linear, found)
-            fits = isinstance(copy, PackedLinear) and copy.bits == b and copy.kept is None
-            fits = fits and copy.groups == linear.in_features // size
+            is_such = isinstance(copy, PackedLinear) and copy.bits == b and copy.kept is None
+            fits = bool(is_such and copy.groups == linear.in_features // size)
             require(fits, "quantizer", copy, f"one that gives a PackedLinear of {b} bits in groups of {size}")
             adapter = GroupAdapter(
                 linear.in_features, linear.out_features, rank, alpha, size if pooled else 1, generator
@@ -220,7 +220,8 @@ class OnceForAll:
 
     @property
     def wants(self) -> frozenset[Want]:
-        return self.quantizer(bits=self.bits[0], group_size=self.group_size).wants
+        wants: frozenset[Want] = self.quantizer(bits=self.bits[0], group_size=self.group_size).wants
+        return wants
 
     def check(self, name: str, layer: nn.Linear) -> None:
         check_groups(name, layer, self.group_size)
