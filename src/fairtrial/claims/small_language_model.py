@@ -9,7 +9,6 @@ import torch
 from torch.nn import functional as F
 
 from fairtrial.contract import Split
-from fairtrial.methods.quantization.packing import packed_layers
 from fairtrial.methods.quantization.quantize import average_bits, quantize_
 from fairtrial.tasks.post_training import bytes_of_text
 from fairtrial.tasks.small_gpt import CONTEXT
@@ -17,7 +16,7 @@ from fairtrial.tasks.streams import Streams
 from fairtrial.tasks.trained import loaded
 
 NAME = "small-gpt"
-AT_ONCE = 16  # passages
+PASSAGES, AT_ONCE = 64, 16  # that a run is judged by, of the 108 that validation and test have each
 
 
 @dataclass(frozen=True)
@@ -26,34 +25,40 @@ class Judged:
 
     Attributes:
         perplexity: of a byte; infinite where scores are not finite.
-        bits_per_weight: with scales, offsets and all else that belongs to them; 32 where nothing is quantised.
+        bits_per_weight: with scales, offsets and all else that belongs to them.
     """
 
     perplexity: float
     bits_per_weight: float
 
 
-def judged(config: Any, seed: int, split: Split, *, sequences: int, batch: int, passages: int) -> Judged:
+def judged(config: Any, seed: int, split: Split, *, sequences: int, batch: int) -> Judged:
     """The model quantised with passages of its training text, and judged on a seed's own choice of others.
 
     Args:
-        config: as `quantize_` takes it; None leaves the model as it is.
+        config: as `quantize_` takes it.
         seed, split: of the run.
         sequences: how many passages to calibrate with.
         batch: how many of them in a batch.
-        passages: how many to judge by; validation and test have 108 each.
     """
-    streams = Streams(seed)
-    calibration = bytes_of_text(NAME, "calibration", sequences, CONTEXT, streams("calibration"))
-    text = bytes_of_text(NAME, split, passages, CONTEXT, streams("passages"))
-    model: Any = copy.deepcopy(loaded(NAME).model)
-    if config is not None:
-        quantize_(model, config, torch.split(calibration, batch))
-    with torch.no_grad():
-        losses = [
-            F.cross_entropy(model(rows).logits[:, :-1].flatten(0, 1), rows[:, 1:].flatten(), reduction="sum")
-            for rows in torch.split(text, AT_ONCE)
-        ]
+    model = copy.deepcopy(loaded(NAME).model)
+    calibration = bytes_of_text(NAME, "calibration", sequences, CONTEXT, Streams(seed)("calibration"))
+    quantize_(model, config, torch.split(calibration, batch))
+    return Judged(perplexity(model, seed, split), average_bits(model))
+
+
+def exact(seed: int) -> float:
+    """The perplexity of a byte before anything is quantised, on a seed's test text."""
+    return perplexity(loaded(NAME).model, seed, "test")
+
+
+@torch.no_grad()
+def perplexity(model: Any, seed: int, split: Split) -> float:
+    """Of a byte, given those before it in its passage."""
+    text = bytes_of_text(NAME, split, PASSAGES, CONTEXT, Streams(seed)("passages"))
+    losses = [
+        F.cross_entropy(model(rows).logits[:, :-1].flatten(0, 1), rows[:, 1:].flatten(), reduction="sum")
+        for rows in torch.split(text, AT_ONCE)
+    ]
     nats = torch.stack(losses).sum().item() / text[:, 1:].numel()
-    held = average_bits(model) if any(True for _ in packed_layers(model)) else 32.0
-    return Judged(math.exp(min(nats, 100.0)) if math.isfinite(nats) else math.inf, held)
+    return math.exp(min(nats, 100.0)) if math.isfinite(nats) else math.inf

@@ -16,7 +16,7 @@ from fairtrial.catalog import Finding, Verdict
 from fairtrial.claims.arms import Run, evaluate, tune
 from fairtrial.claims.measure import Measure, measured, single
 from fairtrial.claims.paired import above_zero, gaps, surely_above
-from fairtrial.claims.small_language_model import Judged, judged
+from fairtrial.claims.small_language_model import PASSAGES, Judged, exact, judged
 from fairtrial.claims.training import fit
 from fairtrial.methods.quantization.decoupleq import DecoupleQ
 from fairtrial.methods.quantization.gptq import error_feedback, gptq_round
@@ -28,8 +28,8 @@ from fairtrial.tasks.samples import divide
 from fairtrial.tasks.streams import Streams
 
 WIDTHS, GROUP = (2, 3, 4), 64
-SEQUENCES, BATCH, PASSAGES = 32, 8, 64
-ROUNDING, GPTQ, OURS = "rounding", "GPTQ", "decoupleQ"
+SEQUENCES, BATCH = 32, 8
+ROUNDING, GPTQ, OURS = "round to nearest", "GPTQ", "DecoupleQ"
 GRIDS = {ROUNDING: (1.0, 0.9, 0.8, 0.7), GPTQ: (1.0, 0.9, 0.8, 0.7), OURS: (1e-5, 1e-4, 3e-4, 1e-3)}
 TUNING_SEEDS, SEEDS = 2, 8
 TRAINING_STEPS, IMAGES, NETWORKS, MARGIN = 400, 256, 12, 0.005
@@ -95,6 +95,7 @@ def _perplexity(measure: Measure) -> Finding:
         "partly if only the first.",
         seeds=tuple(range(SEEDS)),
         measurements=(
+            measured("perplexity of a byte, float", measure.map(exact, range(SEEDS)), ""),
             *(
                 measured(
                     f"perplexity of a byte, {way}, {bits} bits",
@@ -110,11 +111,11 @@ def _perplexity(measure: Measure) -> Finding:
             ),
             measured(f"lead over {GPTQ} at 2 bits less that at 4", narrowing, "difference"),
             *(
-                single(f"bits of a weight, codes of {bits} bits", found[OURS, bits][0].bits_per_weight, "bits")
-                for bits in WIDTHS
+                single(f"bits per weight, {way}, {bits} bits", judgements[0].bits_per_weight, "bits")
+                for (way, bits), judgements in found.items()
             ),
         ),
-        note=f"{SEQUENCES} passages of 256 bytes to calibrate with, {PASSAGES} of 108 test passages, both each seed's "
+        note=f"{SEQUENCES} passages of 256 bytes to calibrate with, {PASSAGES} test passages, both each seed's "
         f"own. Chosen shares of the range and rates: {settings}.",
     )
 
@@ -123,7 +124,7 @@ def quantised(run: Run[Setting]) -> Judged:
     """The language model quantised in a way, and judged."""
     way, bits, value = run.setting.way, run.setting.bits, run.setting.value
     config = DecoupleQ(bits, GROUP, lr=value) if way == OURS else Narrowed(bits, value, feedback=way == GPTQ)
-    return judged(config, run.seed, run.split, sequences=SEQUENCES, batch=BATCH, passages=PASSAGES)
+    return judged(config, run.seed, run.split, sequences=SEQUENCES, batch=BATCH)
 
 
 # Layers ---------------------------------------------------------------------------------------------------------------

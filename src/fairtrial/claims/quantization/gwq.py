@@ -10,12 +10,12 @@ from fairtrial.catalog import Finding, Measurement, Verdict
 from fairtrial.claims.arms import Run, evaluate
 from fairtrial.claims.measure import Measure, measured, single
 from fairtrial.claims.paired import above_zero, gaps
-from fairtrial.claims.small_language_model import Judged, judged
+from fairtrial.claims.small_language_model import PASSAGES, Judged, exact, judged
 from fairtrial.methods.quantization.gwq import GWQ
 from fairtrial.tasks.streams import Streams
 
 WIDTHS, GROUP, RATIO = (3, 4), 64, 0.01
-PASSAGES, SEEDS = 64, 10
+SEEDS = 10
 NONE, RANDOM, GRADIENT = "none", "random", "grad"
 OTHERS = ("magnitude", "grad_weight", "hessian_diag")
 NAMES = {
@@ -44,10 +44,11 @@ def check(measure: Measure) -> list[Finding]:
     judgements = evaluate(measure, quantised, settings, seeds=SEEDS)
     found = {setting: [judgement.perplexity for judgement in each] for setting, each in judgements.items()}
     held = {setting: each[0].bits_per_weight for setting, each in judgements.items()}
-    return [_outliers(found, held), _criteria(found, held)]
+    whole = measured("perplexity of a byte, float", measure.map(exact, range(SEEDS)), "")
+    return [_outliers(found, held, whole), _criteria(found, held, whole)]
 
 
-def _outliers(found: Found, held: dict[Setting, float]) -> Finding:
+def _outliers(found: Found, held: dict[Setting, float], whole: Measurement) -> Finding:
     rises, better = _compared(found, (RANDOM, NONE))
     return Finding(
         claim="gradient-outliers",
@@ -56,13 +57,18 @@ def _outliers(found: Found, held: dict[Setting, float]) -> Finding:
         "ones and with none (paired sign-flip test, Holm over both and both widths), at 3 and at 4 bits; partly if at "
         "one of them.",
         seeds=tuple(range(SEEDS)),
-        measurements=(*_perplexities(found, (GRADIENT, RANDOM, NONE)), *rises, *_bits(held, (GRADIENT, NONE))),
-        note="Each seed has a passage of its own to calibrate with, and its own choice of 64 from 108 test passages. "
+        measurements=(
+            *_perplexities(found, (GRADIENT, RANDOM, NONE)),
+            whole,
+            *rises,
+            *_bits(held, (GRADIENT, RANDOM, NONE)),
+        ),
+        note=f"Each seed has a passage of its own to calibrate with, and its own choice of {PASSAGES} test passages. "
         "Without kept weights the model takes fewer bits.",
     )
 
 
-def _criteria(found: Found, held: dict[Setting, float]) -> Finding:
+def _criteria(found: Found, held: dict[Setting, float], whole: Measurement) -> Finding:
     rises, better = _compared(found, OTHERS)
     return Finding(
         claim="gradient-over-hessian",
@@ -71,7 +77,7 @@ def _criteria(found: Found, held: dict[Setting, float]) -> Finding:
         "three other criteria (paired sign-flip test, Holm over them and both widths), at 3 and at 4 bits; partly if "
         "at one of them.",
         seeds=tuple(range(SEEDS)),
-        measurements=(*_perplexities(found, (GRADIENT, *OTHERS)), *rises, *_bits(held, (GRADIENT,))),
+        measurements=(*_perplexities(found, (GRADIENT, *OTHERS)), whole, *rises, *_bits(held, (GRADIENT, *OTHERS))),
         note="The same runs. Large weights that are kept narrow the ranges of their groups, too.",
     )
 
@@ -106,7 +112,7 @@ def _perplexities(found: Found, scores: tuple[str, ...]) -> list[Measurement]:
 def _bits(held: dict[Setting, float], scores: tuple[str, ...]) -> list[Measurement]:
     return [
         single(
-            f"bits of a weight, {NAMES[score]}, codes of {bits} bits",
+            f"bits per weight, {NAMES[score]}, {bits} bits",
             held[Setting(score, bits)],
             "bits",
             paper="" if score == NONE else "below 4 in the average",
@@ -123,4 +129,4 @@ def quantised(run: Run[Setting]) -> Judged:
         config = replace(config, score=RANDOM, generator=Streams(run.seed)("method"))
     elif run.setting.score != NONE:
         config = replace(config, score=run.setting.score)
-    return judged(config, run.seed, run.split, sequences=1, batch=1, passages=PASSAGES)
+    return judged(config, run.seed, run.split, sequences=1, batch=1)
