@@ -30,6 +30,15 @@ from .ptq_impact import apply_ptq as apply_ptq
 from .ptq_impact import generation_sweep as generation_sweep
 from .ptq_impact import temperature_divergence as temperature_divergence
 from .ptq_impact import temperature_sensitivity as temperature_sensitivity
+from .quantization_exploit import AuditReport as AuditReport
+from .quantization_exploit import Box as Box
+from .quantization_exploit import BoxProjection as BoxProjection
+from .quantization_exploit import LayerReport as LayerReport
+from .quantization_exploit import QuantizationConsistencyAudit as QuantizationConsistencyAudit
+from .quantization_exploit import error_box as error_box
+from .quantization_exploit import intersect_boxes as intersect_boxes
+from .quantization_exploit import noise_defence as noise_defence
+from .quantization_exploit import preservation_box as preservation_box
 from .quantize import Found as Found
 from .quantize import RoundToNearest as RoundToNearest
 from .quantize import average_bits as average_bits
