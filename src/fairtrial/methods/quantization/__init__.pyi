@@ -52,6 +52,10 @@ from .quest import quest_linear as quest_linear
 from .quest import quest_quantize as quest_quantize
 from .storage import load_packed_ as load_packed_
 from .storage import save_packed as save_packed
+from .topkld import BitScalingFrontier as BitScalingFrontier
+from .topkld import TopKLDLoss as TopKLDLoss
+from .topkld import bit_scaling_frontier as bit_scaling_frontier
+from .topkld import total_compute_bits as total_compute_bits
 from .weight_formats import BFloat16Linear as BFloat16Linear
 from .weight_formats import Codes as Codes
 from .weight_formats import Int8Linear as Int8Linear
