@@ -212,6 +212,29 @@ def test_with_all_tokens_or_within_the_window_attention_is_exact(small_gpt, book
             torch.testing.assert_close(read(small_gpt.model, cache, part), expected, rtol=0, atol=1e-4)
 
 
+def test_with_a_code_for_every_rotated_key_the_best_tokens_are_taken(small_gpt, text):
+    model, ids = small_gpt.model, text[:, :80]
+    books = train_codebooks(model, [ids], generator(), n_codes=80, offset=None, max_iter=1)
+    cache, found = made(small_gpt, books), []
+    plain = cache.selected
+
+    def selected(module, query, key, mask, **options):
+        taken = plain(module, query, key, mask, **options)
+        if query.shape[2] < key.shape[2]:
+            scores = query @ key.repeat_interleave(2, 1).mT
+            past = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool).tril(key.shape[2] - query.shape[2])
+            exact = {"window": 8, "sink": 2, "groups": 2, "visible": past[None, :, None]}
+            found.append((taken, select_tokens(scores.transpose(1, 2), 0.1, **exact).transpose(1, 2)))
+        return taken
+
+    cache.selected = selected
+    read(model, cache, ids[:, :70])
+    read(model, cache, ids[:, 70:])
+    assert len(found) == 4
+    taken, best = found[0]  # later layers see other queries than the calibration did, but the first does not
+    assert (taken == best).float().mean() > 0.99
+
+
 def test_tokens_that_come_together_are_treated_as_by_themselves(small_gpt, books, text):
     together, apart = made(small_gpt, books), made(small_gpt, books)
     for cache in (together, apart):

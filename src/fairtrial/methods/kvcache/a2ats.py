@@ -230,6 +230,21 @@ def rotate_query(query: Float[Tensor, "b h t d"], position: int, rotation: Rotat
     return turned(query, cos.to(query), sin.to(query))
 
 
+def for_lookup(
+    query: Float[Tensor, "b h t d"],
+    key: Float[Tensor, "b k n d"],
+    positions: Int[Tensor, "_ t"],
+    rotation: Rotation,
+    offset: int | None,
+) -> tuple[Float[Tensor, "b h t d"], Float[Tensor, "b k t d"]]:
+    """The queries that codewords are multiplied with, and the last t keys as they are looked up in a codebook."""
+    new = key[:, :, key.shape[2] - query.shape[2] :]
+    if offset is None:
+        return query, new
+    cos, sin = rotation.at(positions, query)
+    return rotate_query(unrotated(query, cos, sin), offset, rotation), unrotated(new, cos, sin)
+
+
 @dataclass
 class Codebooks:
     """What the keys of every layer are looked up in.
@@ -237,12 +252,12 @@ class Codebooks:
     Attributes:
         codes: of each layer, c' for each of k heads, (k, c, d).
         factors: of each layer, L for each head, (k, d, d).
-        offset: the distance b that they were trained for.
+        offset: the distance b that they were trained for; None if they are of keys and queries as they are rotated.
     """
 
     codes: Sequence[Float[Tensor, "k c d"]]
     factors: Sequence[Float[Tensor, "k d d"]]
-    offset: int
+    offset: int | None
 
     @property
     def nbytes(self) -> int:
@@ -253,7 +268,7 @@ class Codebooks:
 class _Seen(AttendingCache):
     """Notes keys and rotated queries of what a model reads, and holds nothing else."""
 
-    def __init__(self, config: Any, rotation: Rotation, offset: int) -> None:
+    def __init__(self, config: Any, rotation: Rotation, offset: int | None) -> None:
         n_layers, heads, width = shape_of(config)
         super().__init__([VQKeyLayer() for _ in range(n_layers)])
         self.rotation, self.offset = rotation, offset
@@ -270,10 +285,9 @@ class _Seen(AttendingCache):
         **options: Any,
     ) -> tuple[Tensor, None]:
         number: int = module.layer_idx  # type: ignore[assignment]
-        cos, sin = self.rotation.at(options["position_ids"], query)
-        self.keys[number].append(unrotated(key, cos, sin).transpose(0, 1).flatten(1, 2))
-        turned_queries = rotate_query(unrotated(query, cos, sin), self.offset, self.rotation)
-        rows = turned_queries.unflatten(1, (key.shape[1], -1)).transpose(0, 1).flatten(1, 3)
+        far, keys = for_lookup(query, key, options["position_ids"], self.rotation, self.offset)
+        self.keys[number].append(keys.float().transpose(0, 1).flatten(1, 2))
+        rows = far.float().unflatten(1, (key.shape[1], -1)).transpose(0, 1).flatten(1, 3)
         self.grams[number] = self.grams[number].to(rows) + rows.mT @ rows
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
 
@@ -285,7 +299,7 @@ def train_codebooks(
     generator: torch.Generator,
     *,
     n_codes: int | None = None,
-    offset: int = 2048,
+    offset: int | None = 2048,
     query_aware: bool = True,
     max_iter: int = 300,
 ) -> Codebooks:
@@ -297,7 +311,8 @@ def train_codebooks(
             strings.
         generator: k-means is seeded from it.
         n_codes: of each head; by default one for 20 tokens of calibration, at most 4096, as the authors have it.
-        offset: the distance at which tokens beyond the window are scored.
+        offset: the distance at which tokens beyond the window are scored; None scores them where they stand, and
+            clusters keys after their rotary embedding.
         query_aware: False clusters the keys themselves.
         max_iter: of k-means.
 
@@ -305,7 +320,7 @@ def train_codebooks(
         ValueError: an argument lies outside its range, the model is not like that, or there are fewer tokens than
             codewords.
     """
-    require(offset >= 0, "offset", offset, "at least 0")
+    require(offset is None or offset >= 0, "offset", offset, "at least 0")
     rotation = Rotation(model)
     seen = _Seen(model.config, rotation, offset)
     for ids in calibration:
@@ -438,13 +453,12 @@ class VQKeyCache(AttendingCache):
             raise RuntimeError("the model's attention layers do not say at which positions their queries are")
         books = self.codebooks.codes[number], self.codebooks.factors[number]
         new, tokens = query.shape[2], key.shape[2]
-        cos, sin = self._rotation.at(positions, query)
-        codes = assign_codes(unrotated(key[:, :, tokens - new :], cos, sin), *(book[None] for book in books))
+        far, new_keys = for_lookup(query, key, positions, self._rotation, self.codebooks.offset)
+        codes = assign_codes(new_keys, *(book[None] for book in books))
         narrow = torch.int16 if books[0].shape[1] <= 2**15 else torch.int32
         layer.codes = codes.to(narrow) if layer.codes is None else torch.cat([layer.codes, codes.to(narrow)], -1)
         if new == tokens:  # the prompt
             return mask
-        far = rotate_query(unrotated(query, cos, sin), self.codebooks.offset, self._rotation)
         scores = approx_scores(far, layer.codes, self._words[number][None])
         if mask is None:
             visible = torch.ones((new, tokens), dtype=torch.bool, device=key.device).tril(tokens - new)[None]

@@ -153,7 +153,7 @@ def projections(model: Any) -> tuple[list[nn.Module], list[nn.Module]]:
 class Read(NamedTuple):
     """What a model makes of a text: scores, and keys and values of each layer, before rotary embeddings."""
 
-    logits: Float[Tensor, "b t v"]
+    logits: Float[Tensor, "b _ v"]
     keys: list[Float[Tensor, "b t _"]]
     values: list[Float[Tensor, "b t _"]]
 
@@ -284,7 +284,7 @@ class KVPredictionModel(nn.Module):
         """What the base model is to have cached after these tokens, from the auxiliary model alone."""
         options = padding_options(input_ids, attention_mask)
         options.setdefault("position_ids", torch.arange(input_ids.shape[1], device=input_ids.device)[None])
-        aux = read(self.auxiliary, input_ids, **options)
+        aux = read(self.auxiliary, input_ids, logits_to_keep=1, **options)
         keys, values = self.predictor(aux.keys, aux.values)
         cos, sin = (x[:, None] for x in self.base.model.rotary_emb(values[0], options["position_ids"]))
         cache = DynamicCache(config=self.base.config)

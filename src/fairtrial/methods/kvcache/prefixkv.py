@@ -350,12 +350,18 @@ class PrefixKVCache(AttendingCache):
         with torch.no_grad():
             self._importance.append(attention_received(query, key, mask, options.get("scaling")))
             if number == len(self.layers) - 1:
-                self._shorten(mask)
+                importance = torch.stack(self._importance)
+                self._importance.clear()
+                self.shorten(importance, mask)
         return output, None
 
-    def _shorten(self, mask: Tensor | None) -> None:
-        importance = torch.stack(self._importance)
-        self._importance.clear()
+    def shorten(self, importance: Float[Tensor, "l b t"], mask: Tensor | None) -> None:
+        """Drop what is not kept of the prompt, once all layers have read it.
+
+        Args:
+            importance: attention that each token has received in each layer.
+            mask: of that attention.
+        """
         layers, batch, tokens = importance.shape
         padding = torch.zeros(batch, dtype=torch.long, device=importance.device)
         if mask is not None:  # what the last query does not see
