@@ -1,6 +1,7 @@
 """What every registered post-training quantiser must do, enrolled by its `@method(slot="quantizer")` alone."""
 
 import copy
+import inspect
 from types import SimpleNamespace
 
 import pytest
@@ -18,7 +19,8 @@ each_quantizer = pytest.mark.parametrize("entry", QUANTIZERS, ids=[entry.name fo
 def config_of(entry, bits, group_size=32):
     method = entry.load()
     setting = SimpleNamespace(bits=bits, group_size=group_size, generator=torch.Generator().manual_seed(0))
-    return method.factory(**method.bind(setting))
+    short = {"steps": 10} if "steps" in inspect.signature(method.factory).parameters else {}  # of what is trained
+    return method.factory(**{**method.bind(setting), **short})
 
 
 def text(rows=8, length=64):
