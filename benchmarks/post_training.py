@@ -22,10 +22,10 @@ from typing import Any, ClassVar
 import torch
 from scipy.stats import t as student
 from torch import nn
-from torch.nn import functional as F
 
-from fairtrial.methods.quantization import PackedLinear, average_bits, quantize_
+from fairtrial.methods.quantization import PackedLinear, quantize_
 from fairtrial.tasks import load
+from fairtrial.tasks.post_training import NATS, bits_of, nats_per_byte
 from fairtrial.tasks.trained import TrainedTask
 
 GROUP = 64
@@ -55,12 +55,6 @@ def quantisers(task: TrainedTask) -> dict[str, Callable[[Any], Any]]:
     return made | {"HQQ (torchao)": lambda setting: HQQ(setting.bits)}
 
 
-@torch.no_grad()
-def bits_per_byte(model: Any, passages: torch.Tensor) -> float:
-    logits = model(passages).logits[:, :-1]
-    return F.cross_entropy(logits.flatten(0, 1), passages[:, 1:].flatten()).item() / math.log(2)
-
-
 def main(peers: Path, seeds: int) -> None:
     sys.path.append(str(peers))
     print(f"torch {torch.__version__}  {torch.get_num_threads()} threads  {seeds} seeds")
@@ -74,17 +68,16 @@ def main(peers: Path, seeds: int) -> None:
                 setting, passages = task.given(seed, "test")
                 model: Any = copy.deepcopy(setting.model)
                 config = make(setting)
-                plain = bits_per_byte(setting.model, passages)
+                plain = nats_per_byte(setting.model, passages) / NATS
                 start = perf_counter()
                 if config is not None:
                     quantize_(model, config, setting.calibration)
                 times.append(perf_counter() - start)
-                values.append(bits_per_byte(model, passages))
+                values.append(nats_per_byte(model, passages) / NATS)
                 rises.append(values[-1] - plain)
             half = student.ppf(0.975, seeds - 1) * stdev(rises) / math.sqrt(seeds)
-            bits = 32.0 if config is None else average_bits(model)
             words = f"{task.bits} bits  {label:<22}{mean(values):>14.4f}{mean(rises):>9.4f}{half:>8.4f}"
-            print(f"{words}{bits:>13.2f}{mean(times):>9.2f}", flush=True)
+            print(f"{words}{bits_of(model):>13.2f}{mean(times):>9.2f}", flush=True)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import os
 import signal
 import threading
 
+import hypothesis
 import pytest
 from jaxtyping import install_import_hook
 
@@ -11,6 +12,9 @@ if threading.current_thread() is threading.main_thread():
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job is started with Ctrl-C ignored
 
 install_import_hook("fairtrial.methods", "beartype.beartype")
+
+hypothesis.settings.register_profile("fairtrial", derandomize=True)  # --hypothesis-profile=default draws anew
+hypothesis.settings.load_profile("fairtrial")
 
 
 @pytest.fixture(scope="session")

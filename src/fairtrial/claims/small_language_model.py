@@ -6,17 +6,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.nn import functional as F
 
 from fairtrial.contract import Split
 from fairtrial.methods.quantization.quantize import average_bits, quantize_
-from fairtrial.tasks.post_training import bytes_of_text
+from fairtrial.tasks.post_training import bytes_of_text, nats_per_byte
 from fairtrial.tasks.small_gpt import CONTEXT
 from fairtrial.tasks.streams import Streams
 from fairtrial.tasks.trained import loaded
 
 NAME = "small-gpt"
-PASSAGES, AT_ONCE = 64, 16  # that a run is judged by, of the 108 that validation and test have each
+PASSAGES = 64  # that a run is judged by, of the 108 that validation and test have each
 
 
 @dataclass(frozen=True)
@@ -52,13 +51,8 @@ def exact(seed: int) -> float:
     return perplexity(loaded(NAME).model, seed, "test")
 
 
-@torch.no_grad()
 def perplexity(model: Any, seed: int, split: Split) -> float:
     """Of a byte, given those before it in its passage."""
     text = bytes_of_text(NAME, split, PASSAGES, CONTEXT, Streams(seed)("passages"))
-    losses = [
-        F.cross_entropy(model(rows).logits[:, :-1].flatten(0, 1), rows[:, 1:].flatten(), reduction="sum")
-        for rows in torch.split(text, AT_ONCE)
-    ]
-    nats = torch.stack(losses).sum().item() / text[:, 1:].numel()
+    nats = nats_per_byte(model, text)
     return math.exp(min(nats, 100.0)) if math.isfinite(nats) else math.inf

@@ -75,10 +75,6 @@ def paragraphs(
 # Decoders ----------------------------------------------------------------------------------------------------------
 
 
-def _warper(name: str) -> Any:
-    return getattr(transformers(), name)
-
-
 def all_tokens() -> Any:
     """Draws from the whole distribution."""
     return transformers().LogitsProcessorList()
@@ -86,22 +82,22 @@ def all_tokens() -> Any:
 
 def top_p(p: float = 0.9) -> Any:
     """Nucleus sampling: the most likely tokens that together have probability p."""
-    return _warper("TopPLogitsWarper")(p)
+    return transformers().TopPLogitsWarper(p)
 
 
 def top_k(k: int = 50) -> Any:
     """The k most likely tokens."""
-    return _warper("TopKLogitsWarper")(k)
+    return transformers().TopKLogitsWarper(k)
 
 
 def min_p(p: float = 0.1) -> Any:
     """Tokens at least p times as likely as the most likely one."""
-    return _warper("MinPLogitsWarper")(p)
+    return transformers().MinPLogitsWarper(p)
 
 
 def greedy() -> Any:
     """Always the most likely token."""
-    return _warper("TopKLogitsWarper")(1)
+    return transformers().TopKLogitsWarper(1)
 
 
 DECODERS = (
@@ -127,7 +123,7 @@ def continued(trial: Trial, ids: Int[Tensor, "n t"]) -> Int[Tensor, "n u"]:
         own = decoder if isinstance(decoder, list) else [decoder]
         processors = library.LogitsProcessorList([library.TemperatureLogitsWarper(setting.temperature), *own])
         options = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_new_tokens": NEW}
-        made = model.generate(  # type: ignore[operator]
+        made = model.generate(
             ids, attention_mask=mask, logits_processor=processors, max_new_tokens=NEW, pad_token_id=0, **options
         )
     else:

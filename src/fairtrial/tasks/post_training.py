@@ -1,6 +1,7 @@
 """Trained models whose weights are to be quantised: the small language model, and the encoder of sentences."""
 
 import copy
+import math
 from typing import Any
 
 import torch
@@ -10,11 +11,12 @@ from torch.nn import functional as F
 
 from fairtrial.contract import Costs, Diverged, Metric
 from fairtrial.methods.quantization.packing import packed_layers
-from fairtrial.methods.quantization.quantize import average_bits, quantize_
+from fairtrial.methods.quantization.quantize import average_bits, quantize_, tensor_bytes
 from fairtrial.tasks import documentation, small_gpt
 from fairtrial.tasks.trained import TrainedTask, Trial, quantizer_slot
 
-NATS = 0.6931471805599453  # in a bit
+NATS = math.log(2)  # in a bit
+AT_ONCE = 32  # passages that go through a model together
 
 
 def quantised(trial: Trial, model: nn.Module) -> nn.Module:
@@ -26,9 +28,12 @@ def quantised(trial: Trial, model: nn.Module) -> nn.Module:
 
 def held(model: nn.Module) -> tuple[int, dict[str, float]]:
     """Bytes of the parameters and buffers, and the bits that a quantised weight takes with all that belongs to it."""
-    tensors = {t.data_ptr(): t for t in (*model.parameters(), *model.buffers())}
-    size = sum(t.numel() * t.element_size() for t in tensors.values())
-    return size, {"bits per weight": average_bits(model) if any(True for _ in packed_layers(model)) else 32.0}
+    return tensor_bytes(model), {"bits per weight": bits_of(model)}
+
+
+def bits_of(model: nn.Module) -> float:
+    """Bits that a quantised weight takes with all that belongs to it; 32 where nothing is quantised."""
+    return average_bits(model) if any(True for _ in packed_layers(model)) else 32.0
 
 
 # The small language model ------------------------------------------------------------------------------------------
@@ -47,14 +52,21 @@ def bytes_of_text(
 def bits_per_byte(trial: Trial) -> tuple[float, dict[str, float], Costs]:
     """Cross entropy of the next byte."""
     model = quantised(trial, copy.deepcopy(trial.model))
-    total = torch.zeros((), dtype=torch.float64)
-    for rows in torch.split(trial.passages, 32):
-        logits = model(rows).logits[:, :-1]
-        total += F.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten(), reduction="sum").double()
-    if not total.isfinite():
+    nats = nats_per_byte(model, trial.passages)
+    if not math.isfinite(nats):
         raise Diverged("the model's scores are no longer finite")
     size, figures = held(model)
-    return total.item() / trial.passages[:, 1:].numel() / NATS, figures, Costs(peak_memory=size)
+    return nats / NATS, figures, Costs(peak_memory=size)
+
+
+@torch.no_grad()
+def nats_per_byte(model: nn.Module, passages: Int[Tensor, "n t"]) -> float:
+    """Mean cross entropy of every byte but the first of each passage."""
+    total = torch.zeros((), dtype=torch.float64)
+    for rows in torch.split(passages, AT_ONCE):
+        logits = model(rows).logits[:, :-1]
+        total += F.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten(), reduction="sum").double()
+    return total.item() / passages[:, 1:].numel()
 
 
 def _small_lm(name: str, bits: int) -> TrainedTask:
@@ -94,7 +106,7 @@ def likeness(trial: Trial) -> tuple[float, dict[str, float], Costs]:
     exact = embeddings(trial.model, trial.passages)
     model = quantised(trial, copy.deepcopy(trial.model))
     cosine = (embeddings(model, trial.passages) * exact).sum(1).mean().item()
-    if cosine != cosine:  # not a number
+    if math.isnan(cosine):
         raise Diverged("the model's vectors are no longer finite")
     first, second = (embeddings(model, half) for half in trial.passages.chunk(2, 1))
     found = (first @ second.t()).argmax(1) == torch.arange(len(first))

@@ -4,10 +4,9 @@ Nothing is trained here unless a method does so by itself. The seed decides whic
 come up under several seeds, because there is only so much text.
 """
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from time import perf_counter
 from typing import Any
@@ -233,14 +232,10 @@ class Trial:
     parts: Mapping[str, Any]
     passages: Int[Tensor, "n t"]
     streams: Streams
-    model: nn.Module = field(init=False)
 
-    def __post_init__(self) -> None:
-        self.model = self.setting.model
-
-    def copied(self) -> nn.Module:
-        """A copy of the model, to be changed."""
-        return copy.deepcopy(self.model)
+    @property
+    def model(self) -> Any:
+        return self.setting.model
 
 
 def prepared(cache: Any, model: nn.Module) -> Any:

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scipy.optimize import approx_fprime, minimize
 from scipy.special import logsumexp, softmax
@@ -20,6 +20,7 @@ from fairtrial.methods.optimizers import (
     grad_norm_smooth_newton,
     softmax_ggn,
 )
+from fairtrial.methods.optimizers.gradient_normalized_smoothness import EPS
 
 
 def log_sum_exp(A, b, mu):
@@ -101,15 +102,22 @@ def test_on_a_quadratic_every_first_trial_is_taken():
 
 @settings(deadline=None, max_examples=15)
 @given(seed=st.integers(0, 10_000), mu=st.sampled_from([0.1, 0.5]), kind=st.sampled_from(["hess", "ggn"]))
+@example(seed=4623, mu=0.1, kind="hess")  # the gradient becomes exactly 0
+@example(seed=67, mu=0.1, kind="hess")  # the Hessian is 3e-9 times the gradient: the step is longer than γ
 def test_steps_are_no_longer_than_gamma_and_lower_the_function(seed, mu, kind):
     generator = np.random.default_rng(seed)
     f = log_sum_exp(generator.uniform(-1, 1, (12, 3)), generator.uniform(-1, 1, 12), mu)
     points = [np.ones(3)]
     found = run(f, getattr(f, kind), 15, callback=lambda at: points.append(at.x))
     lengths = np.linalg.norm(np.diff(points, axis=0), axis=1)
-    # γ as it was accepted is half of the γ after the step
-    assert (lengths <= found.gamma_history[1:] / 2 * (1 + 1e-9)).all()
-    assert (np.diff(found.fun_history) < 0).all() or found.status == 2
+    # γ as it was accepted is half of the γ after the step, and the step divides by γ + EPS
+    assert (lengths <= (found.gamma_history[1:] / 2 + EPS) * (1 + 1e-12)).all()
+    changes = np.diff(found.fun_history)
+    if not found.jac.any():  # the last step found the minimum itself, which need not lie lower in float64
+        assert found.status == 0
+        assert changes[-1] <= 0
+        changes = changes[:-1]
+    assert (changes < 0).all() or found.status == 2
 
 
 def test_it_is_invariant_under_what_it_should_be():

@@ -155,14 +155,15 @@ class _GenomeSearch:
         self,
         model_or_shapes: nn.Module | Iterable[Sequence[int]],
         fitness_fn: Callable[[Any, Any], Any],
-        population_size: int,
-        n_elite_candidates: int,
-        n_validation: int,
-        init: str | Init,
-        output_scale: float,
-        seed: int,
-        n_episodes: int,
-        vectorized: bool,
+        population_size: int = 1000,
+        n_elite_candidates: int = 10,
+        n_validation: int = 30,
+        init: str | Init = "fan_in_normal",
+        output_scale: float = 0.1,
+        seed: int = 0,
+        *,
+        n_episodes: int = 1,
+        vectorized: bool = False,
     ) -> None:
         require(population_size >= 1, "population_size", population_size, "at least 1")
         within = 1 <= n_elite_candidates <= population_size
@@ -333,33 +334,6 @@ class RandomSearch(_GenomeSearch):
     Arguments, attributes and errors are those of `DeepGA`, without parents.
     """
 
-    def __init__(
-        self,
-        model_or_shapes: nn.Module | Iterable[Sequence[int]],
-        fitness_fn: Callable[[Any, Any], Any],
-        population_size: int = 1000,
-        n_elite_candidates: int = 10,
-        n_validation: int = 30,
-        init: str | Init = "fan_in_normal",
-        output_scale: float = 0.1,
-        seed: int = 0,
-        *,
-        n_episodes: int = 1,
-        vectorized: bool = False,
-    ) -> None:
-        super().__init__(
-            model_or_shapes,
-            fitness_fn,
-            population_size,
-            n_elite_candidates,
-            n_validation,
-            init,
-            output_scale,
-            seed,
-            n_episodes,
-            vectorized,
-        )
-
 
 class DeepGA(_GenomeSearch):
     """Truncation selection, mutation and an elite, over genomes of seeds: larger fitness is better.
@@ -420,8 +394,8 @@ class DeepGA(_GenomeSearch):
             init,
             output_scale,
             seed,
-            n_episodes,
-            vectorized,
+            n_episodes=n_episodes,
+            vectorized=vectorized,
         )
         require(1 <= truncation <= population_size, "truncation", truncation, "within 1..population_size")
         require(0 < sigma < math.inf, "sigma", sigma, "above 0 and finite")

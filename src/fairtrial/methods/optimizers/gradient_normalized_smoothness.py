@@ -70,7 +70,7 @@ def grad_norm_smooth_newton(
         gamma0: γ at the start, above 0.
         adaptive: look for γ; without it every step is taken at gamma0.
         max_iter: most steps.
-        gtol: end where ‖∇f(x)‖_* is below it.
+        gtol: end where ‖∇f(x)‖_* is below it, or 0.
         f_star: the least value of f, if it is known,
         ftol: to end where f(x) - f_star is below this too.
         max_search: most trials for a step.
@@ -115,7 +115,7 @@ def grad_norm_smooth_newton(
         if not (math.isfinite(f) and math.isfinite(norm)):
             status, message = 3, "the function or its gradient is not finite at the start"
             break
-        if norm < gtol or (f_star is not None and f - f_star < ftol):
+        if norm < gtol or norm == 0 or (f_star is not None and f - f_star < ftol):
             status, message = 0, "converged"
             break
         if nit == max_iter:
@@ -141,7 +141,7 @@ def grad_norm_smooth_newton(
             if not adaptive:
                 found = trial
                 break
-            if f - trial[0] >= trial[2] ** 2 / (8 * lam):  # false where anything is NaN
+            if 8 * lam * (f - trial[0]) >= trial[2] ** 2:  # false where anything is NaN
                 found, gamma = trial, max(2 * gamma, GAMMA_MIN)
                 break
             gamma *= 0.5
@@ -306,7 +306,7 @@ class GNSNewton(Optimizer):
             if not info.item():
                 self._move(params, before, torch.cholesky_solve(-g[:, None], factor)[:, 0])
                 reached, g_new, _ = self._derivatives(closure, params, None)
-                if loss.item() - reached.item() >= g_new.norm().item() ** 2 / (8 * lam):
+                if 8 * lam * (loss.item() - reached.item()) >= g_new.norm().item() ** 2:
                     gamma = max(2 * gamma, GAMMA_MIN)
                     break
             gamma *= 0.5

@@ -28,8 +28,7 @@ together; here it is not.
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -41,8 +40,19 @@ from torch.nn import functional as F
 
 from fairtrial.methods.arguments import require
 from fairtrial.methods.quantization.fake_quantization import round_through
+from fairtrial.methods.quantization.integer_programme import one_each
 from fairtrial.methods.quantization.packing import PackedLinear, group_size
-from fairtrial.methods.quantization.quantize import Batch, Found, Grid, Want, check_groups, round_to, run
+from fairtrial.methods.quantization.quantize import (
+    Batch,
+    Found,
+    Grid,
+    Want,
+    check_groups,
+    check_rounding,
+    round_to,
+    run,
+    watching,
+)
 from fairtrial.methods.registry import LogUniform, method
 
 FLOAT_BITS = 32
@@ -314,9 +324,7 @@ class AdaQuant:
     wants: ClassVar[frozenset[Want]] = frozenset({"inputs", "float inputs"})
 
     def __post_init__(self) -> None:
-        require(isinstance(self.bits, int) and 1 <= self.bits <= 8, "bits", self.bits, "from 1 to 8")
-        size = self.group_size
-        require(isinstance(size, int) and (size == -1 or size >= 1), "group_size", size, "-1 or at least 1")
+        check_rounding(self.bits, self.group_size)
         require(self.steps >= 0, "steps", self.steps, "at least 0")
         require(self.batch_size >= 1, "batch_size", self.batch_size, "at least 1")
         for name in ("weight_lr", "bias_lr", "range_lr"):
@@ -389,7 +397,7 @@ def adaquant_model(
     layers = {n: m for n, m in exact.named_modules() if isinstance(m, Layer) and n not in skip}
     require(bool(layers), "model", type(model).__name__, "one with nn.Linear or nn.Conv2d layers")
     order: list[str] = []
-    with _watching(layers, lambda name, x, y: order.append(name)):
+    with watching(layers, lambda name, x, y: order.append(name)):
         run(exact, batches[0])
     order = list(dict.fromkeys(order))
     missing = [name for name in layers if name not in order]
@@ -417,23 +425,9 @@ def adaquant_model(
     return errors
 
 
-@contextmanager
-def _watching(layers: Mapping[str, nn.Module], tell: Callable[[str, Tensor, Tensor], None]) -> Iterator[None]:
-    """Tells of every call of some layers: name, input and output."""
-    handles = [
-        layer.register_forward_hook(lambda module, args, output, name=name: tell(name, args[0], output))
-        for name, layer in layers.items()
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
 def _seen(model: nn.Module, name: str, batches: Sequence[Batch]) -> tuple[Tensor, Tensor]:
     calls: list[tuple[Tensor, Tensor]] = []
-    with _watching({name: model.get_submodule(name)}, lambda name, x, y: calls.append((x, y))):
+    with watching({name: model.get_submodule(name)}, lambda name, x, y: calls.append((x, y))):
         for batch in batches:
             run(model, batch)
     inputs, outputs = (torch.cat(tensors) for tensors in zip(*calls, strict=True))
@@ -592,8 +586,6 @@ def allocate_bits_ip(
     Raises:
         ValueError: no choice is small enough, a loss is not finite, or lengths differ.
     """
-    from scipy.optimize import Bounds, LinearConstraint, milp
-
     layers = len(sizes)
     require(layers > 0 and all(size > 0 for size in sizes), "sizes", sizes, "one or more numbers above 0")
     require(0 < target_ratio < math.inf, "target_ratio", target_ratio, "above 0")
@@ -610,19 +602,9 @@ def allocate_bits_ip(
     require(
         smallest <= limit * (1 + 1e-9), "target_ratio", target_ratio, f"{smallest / FLOAT_BITS / sum(sizes)} or more"
     )
-    one_each = np.tile(np.eye(layers), len(widths))
-    found = milp(
-        loss.ravel(),
-        integrality=np.ones(loss.size, dtype=np.int64),
-        bounds=Bounds(0, 1),
-        constraints=[
-            LinearConstraint(one_each, 1, 1),
-            LinearConstraint(size.reshape(1, -1) / limit, -np.inf, 1 + 1e-9),
-        ],
-    )
-    if not found.success:
-        raise ValueError(f"the integer programme has no solution: {found.message}")
-    chosen = found.x.reshape(loss.shape).argmax(0)
+    chosen = one_each(loss.T, size.T / limit, -np.inf, 1 + 1e-9)
+    if chosen is None:
+        raise ValueError("the integer programme has no solution")
     given = [widths[place] for place in chosen]
     total = sum(width * count for width, count in zip(given, sizes, strict=True))
     return Allocation(given, float(loss[chosen, np.arange(layers)].sum()), total)

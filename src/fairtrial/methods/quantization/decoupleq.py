@@ -41,7 +41,7 @@ from fairtrial.methods.arguments import require
 from fairtrial.methods.quantization.gptq import divisor, error_feedback, gptq_round, round_half_up
 from fairtrial.methods.quantization.packing import PackedLinear, packed_layers
 from fairtrial.methods.quantization.packing import group_size as group_size_of
-from fairtrial.methods.quantization.quantize import Call, Found, Want, check_groups
+from fairtrial.methods.quantization.quantize import Call, Found, Want, check_groups, check_rounding
 from fairtrial.methods.registry import LogUniform, method
 
 SOLVERS = "gptq", "train"
@@ -516,13 +516,7 @@ def check_options(
     iters_before_round: int,
     inner_iters: int,
 ) -> None:
-    require(isinstance(bits, int) and 1 <= bits <= 8, "bits", bits, "from 1 to 8")
-    require(
-        isinstance(group_size, int) and (group_size == -1 or group_size >= 1),
-        "group_size",
-        group_size,
-        "-1 or at least 1",
-    )
+    check_rounding(bits, group_size)
     require(not symmetric or group_size == -1, "symmetric", symmetric, "False with groups")
     require(solver in SOLVERS, "solver", solver, " or ".join(map(repr, SOLVERS)))
     require(0 < percdamp < math.inf, "percdamp", percdamp, "positive")

@@ -7,6 +7,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from fairtrial.methods.quantization.quantize import skipped
+
 
 class _StraightThrough(torch.autograd.Function):
     @staticmethod
@@ -49,7 +51,7 @@ def replace_linear_layers(
         ValueError: there is nothing to replace.
     """
     named = list(model.named_modules(remove_duplicate=False))
-    places = [(n, m) for n, m in named if type(m) is nn.Linear and not _skipped(n, skip)]
+    places = [(n, m) for n, m in named if type(m) is nn.Linear and not skipped(n, skip)]
     if not places:
         but = f" but {', '.join(skip)}" if skip else ""
         raise ValueError(f"model must have an nn.Linear to replace, got {type(model).__name__} without any{but}")
@@ -59,10 +61,6 @@ def replace_linear_layers(
             return made[layer]
         model.set_submodule(name, made[layer])
     return model
-
-
-def _skipped(name: str, skip: Sequence[str]) -> bool:
-    return any(name == each or name.endswith(f".{each}") for each in skip)
 
 
 def output_layer(model: nn.Module) -> tuple[str, ...]:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from fairtrial.methods.arguments import require
 from fairtrial.methods.quantization.packing import PackedLinear, group_size
-from fairtrial.methods.quantization.quantize import Found, Want, check_groups, fit_range
+from fairtrial.methods.quantization.quantize import Found, Want, check_groups, check_rounding, fit_range
 
 BLOCK = 128  # so many columns are finished before the rest of the matrix hears of their errors
 FACTORS = 5  # damping is multiplied by ten at most so often, less one
@@ -140,9 +140,7 @@ class GPTQ:
     wants: ClassVar[frozenset[Want]] = frozenset({"hessian"})
 
     def __post_init__(self) -> None:
-        require(isinstance(self.bits, int) and 1 <= self.bits <= 8, "bits", self.bits, "from 1 to 8")
-        size = self.group_size
-        require(isinstance(size, int) and (size == -1 or size >= 1), "group_size", size, "-1 or at least 1")
+        check_rounding(self.bits, self.group_size)
         require(0 < self.percdamp < float("inf"), "percdamp", self.percdamp, "positive")
 
     def check(self, name: str, layer: nn.Linear) -> None:

@@ -16,7 +16,6 @@ its code is stored nevertheless.
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -29,7 +28,17 @@ from torch.nn import functional as F
 from fairtrial.methods.arguments import require
 from fairtrial.methods.quantization.packing import PackedLinear
 from fairtrial.methods.quantization.packing import group_size as group_size_of
-from fairtrial.methods.quantization.quantize import Batch, Found, Grid, Want, check_groups, round_to, run
+from fairtrial.methods.quantization.quantize import (
+    Batch,
+    Found,
+    Grid,
+    Want,
+    check_groups,
+    check_rounding,
+    round_to,
+    run,
+    watching,
+)
 from fairtrial.methods.registry import Categorical, method
 
 SCOPES = "matrix", "row", "global"
@@ -170,16 +179,12 @@ def mean_squares(model: nn.Module, batches: Iterable[Batch], names: Sequence[str
     sums: dict[str, Tensor] = {}
     counts: dict[str, int] = {}
 
-    def see(name: str, x: Tensor) -> None:
+    def see(name: str, x: Tensor, output: Any) -> None:
         rows = x.detach().float().flatten(0, -2)
         sums[name] = sums.get(name, 0) + rows.square().sum(0)
         counts[name] = counts.get(name, 0) + len(rows)
 
-    with ExitStack() as stack:
-        for name in names:
-            layer = model.get_submodule(name)
-            hook = layer.register_forward_pre_hook(lambda module, args, name=name: see(name, args[0]))
-            stack.callback(hook.remove)
+    with watching({name: model.get_submodule(name) for name in names}, see):
         for batch in batches:
             run(model, batch)
     for name in names:
@@ -373,9 +378,3 @@ def check_ranking(ratio: float, scope: str, score: str, generator: torch.Generat
     require(scope in SCOPES, "scope", scope, " or ".join(map(repr, SCOPES)))
     require(score in SCORES, "score", score, " or ".join(map(repr, SCORES)))
     require(score != "random" or generator is not None, "generator", generator, "given for the score 'random'")
-
-
-def check_rounding(bits: int, group_size: int) -> None:
-    require(isinstance(bits, int) and 1 <= bits <= 8, "bits", bits, "from 1 to 8")
-    accepted = isinstance(group_size, int) and (group_size == -1 or group_size >= 1)
-    require(accepted, "group_size", group_size, "-1 or at least 1")

@@ -32,6 +32,7 @@ from torch.nn import functional as F
 
 from fairtrial.methods.arguments import require
 from fairtrial.methods.quantization.fake_quantization import straight_through
+from fairtrial.methods.quantization.integer_programme import one_each
 from fairtrial.methods.quantization.packing import PackedLinear, group_size
 from fairtrial.methods.quantization.quantize import Batch, Found, RoundToNearest, Want, check_groups, run
 from fairtrial.methods.registry import method
@@ -296,8 +297,6 @@ def allocate_bits(
 
 def _allocation(group: MixedGroup, mean_bits: float | int, tol: float | int, sense: str) -> dict[str, int] | None:
     """None if no choice has such a mean."""
-    from scipy.optimize import Bounds, LinearConstraint, milp
-
     scores, sizes, candidates = group
     require(bool(scores), "scores", scores, "of at least one layer")
     require(bool(candidates), "candidates", candidates, "at least one width")
@@ -308,19 +307,10 @@ def _allocation(group: MixedGroup, mean_bits: float | int, tol: float | int, sen
         require(sizes.get(name, 0) > 0, "sizes", sizes.get(name), f"positive for {name}")
     value = np.array([[by_bits[b] for b in candidates] for by_bits in scores.values()], dtype=np.float64)
     shares = np.array([sizes[name] for name in scores], dtype=np.float64)
-    layers, choices = value.shape
-    spent = np.outer(shares / shares.sum(), candidates).ravel()
-    chosen = np.kron(np.eye(layers), np.ones(choices))
-    solved = milp(
-        (-1 if sense == "max" else 1) * value.ravel(),
-        integrality=np.ones(layers * choices),
-        bounds=Bounds(0, 1),
-        constraints=[LinearConstraint(chosen, 1, 1), LinearConstraint(spent, mean_bits - tol, mean_bits + tol)],
-        options={"mip_rel_gap": 0.0},
-    )
-    if solved.x is None:
+    spent = np.outer(shares / shares.sum(), candidates)
+    best = one_each(-value if sense == "max" else value, spent, mean_bits - tol, mean_bits + tol)
+    if best is None:
         return None
-    best = solved.x.reshape(layers, choices).argmax(1)
     return {name: int(candidates[place]) for name, place in zip(scores, best, strict=True)}
 
 

@@ -28,7 +28,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from fairtrial.methods.arguments import require
-from fairtrial.methods.quantization.quantize import Found, Want, quantize_
+from fairtrial.methods.decoding.sampling import Continuation, end_tokens
+from fairtrial.methods.quantization.quantize import Found, Want, quantize_, tensor_bytes
 from fairtrial.methods.quantization.weight_formats import FORMATS, FormatLinear, check_format, check_weight, in_format
 
 ZONE = (0.5, 0.8)  # the paper's
@@ -266,38 +267,21 @@ def sample(
     generator: torch.Generator,
 ) -> Drawn:
     """Continue prompts by tokens drawn at a temperature, all of them or among the top k."""
-    cache: Any = None
-    ids, mask = input_ids, attention_mask
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
-    ends = _ends_of_text(model, ids.device)
+    continuation = Continuation(model, input_ids, attention_mask)
     drawn: list[Tensor] = []
-    for _ in range(max_new_tokens):
-        output = model(
-            ids,
-            attention_mask=mask,
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        cache, logits = output.past_key_values, output.logits[:, -1].float()
+    for step in range(max_new_tokens):
+        if step:
+            continuation.extend(input_ids=drawn[-1])
+        logits = continuation.logits.float()
         if 0 < top_k < logits.shape[-1]:
             logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -float("inf"))
         uniform = torch.rand(logits.shape, generator=generator, device=logits.device)
         gumbel = -(-uniform.clamp_min(torch.finfo(uniform.dtype).tiny).log()).log()
-        ids = (logits / temperature + gumbel).argmax(-1, keepdim=True)
-        drawn.append(ids)
-        mask = torch.cat([mask, torch.ones_like(ids)], 1)
-        positions = positions[:, -1:] + 1
+        drawn.append((logits / temperature + gumbel).argmax(-1, keepdim=True))
     tokens = torch.cat(drawn, 1)
-    ended = torch.isin(tokens, ends)
-    size = sum(t.nbytes for layer in cache.layers for t in (layer.keys, layer.values))
+    ended = torch.isin(tokens, end_tokens(model, None))
+    size = sum(t.nbytes for layer in continuation.cache.layers for t in (layer.keys, layer.values))
     return Drawn(tokens, ended.cumsum(1) - ended.long() == 0, size)
-
-
-def _ends_of_text(model: Any, device: torch.device) -> Int[Tensor, " e"]:
-    end = model.generation_config.eos_token_id
-    return torch.tensor([] if end is None else [end] if isinstance(end, int) else end, dtype=torch.long, device=device)
 
 
 @torch.no_grad()
@@ -314,9 +298,3 @@ def likelihoods(
     nats = -scores.gather(-1, drawn.tokens[..., None])[..., 0]
     mean: Tensor = (nats * drawn.mask).sum(1) / drawn.mask.sum(1)
     return mean
-
-
-def tensor_bytes(model: nn.Module) -> int:
-    """Bytes of a model's parameters and buffers; what several modules share counts once."""
-    tensors = {t.data_ptr(): t for t in [*model.parameters(), *model.buffers()]}
-    return sum(t.nbytes for t in tensors.values())

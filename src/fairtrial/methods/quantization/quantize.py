@@ -7,8 +7,8 @@ blocks before it give, and no more than one block's statistics are held at once.
 """
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
@@ -81,7 +81,7 @@ def quantize_(
             calibration data are missing or not finite, or the configuration refuses a layer; nothing is changed then.
             Also if calibration data never reach a layer, which may be found after others have been quantised.
     """
-    names = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and not _skipped(n, skip)]
+    names = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and not skipped(n, skip)]
     done = next(packed_layers(model), None)
     if done is not None:
         raise ValueError(f"the model has been quantised already: {done[0]} is packed")
@@ -121,7 +121,8 @@ def quantize_(
     return model
 
 
-def _skipped(name: str, skip: Sequence[str]) -> bool:
+def skipped(name: str, skip: Sequence[str]) -> bool:
+    """Whether a layer is left alone: its name, or the last part of it, is among those to skip."""
     return any(name == each or name.endswith(f".{each}") for each in skip)
 
 
@@ -149,30 +150,30 @@ def run(model: nn.Module, batch: Batch) -> Any:
     return model(**batch) if isinstance(batch, Mapping) else model(*batch)
 
 
+@contextmanager
+def watching(layers: Mapping[str, nn.Module], tell: Callable[[str, Tensor, Any], None]) -> Iterator[None]:
+    """Within, `tell(name, input, output)` hears of every call of the layers."""
+    with ExitStack() as stack:
+        for name, layer in layers.items():
+            handle = layer.register_forward_hook(lambda module, args, output, name=name: tell(name, args[0], output))
+            stack.callback(handle.remove)
+        yield
+
+
 # Statistics --------------------------------------------------------------------------------------------------------
 
 
 @dataclass
 class Watch:
-    """Gathers what is wanted of the inputs of some layers while they are called."""
+    """Gathers what is wanted of the inputs of layers, as it is told of their calls."""
 
-    layers: Mapping[str, nn.Module]
     wants: frozenset[Want]
     rows: dict[str, list[Tensor]] = field(default_factory=dict)
     sums: dict[str, Tensor] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
-    _stack: ExitStack = field(default_factory=ExitStack)
 
-    def __enter__(self) -> "Watch":
-        for name, layer in self.layers.items():
-            handle = layer.register_forward_pre_hook(lambda module, args, name=name: self._see(name, args[0]))
-            self._stack.callback(handle.remove)
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._stack.close()
-
-    def _see(self, name: str, x: Tensor) -> None:
+    def see(self, name: str, x: Tensor, output: Any) -> None:
+        """Take account of a call."""
         rows = x.detach().reshape(-1, x.shape[-1])
         if "hessian" in self.wants:
             wide = rows.double()
@@ -193,6 +194,15 @@ class Watch:
         return Found(hessian, inputs)
 
 
+def watched(model: nn.Module, names: Sequence[str], wants: frozenset[Want], batches: Sequence[Batch]) -> Watch:
+    """What is wanted of the named layers, gathered while the model runs on the batches."""
+    watch = Watch(wants)
+    with watching({name: model.get_submodule(name) for name in names}, watch.see):
+        for batch in batches:
+            run(model, batch)
+    return watch
+
+
 def _layer_by_layer(
     model: nn.Module,
     config: Config,
@@ -202,15 +212,10 @@ def _layer_by_layer(
 ) -> None:
     floats: dict[str, Tensor] = {}
     if "float inputs" in config.wants:
-        with Watch({name: model.get_submodule(name) for name in names}, frozenset({"inputs"})) as watch:
-            for batch in batches:
-                run(model, batch)
+        watch = watched(model, names, frozenset({"inputs"}), batches)
         floats = {name: torch.cat(rows) for name, rows in watch.rows.items()}
     for name in _in_order(model, batches[0], names):
-        with Watch({name: model.get_submodule(name)}, config.wants) as watch:
-            for batch in batches:
-                run(model, batch)
-        found = watch.found(name)
+        found = watched(model, [name], config.wants, batches).found(name)
         found.float_inputs = floats.pop(name, None)
         replace(name, found)
 
@@ -218,12 +223,7 @@ def _layer_by_layer(
 def _in_order(model: nn.Module, batch: Batch, names: Sequence[str]) -> list[str]:
     """The layers as a run calls them."""
     called: dict[str, None] = {}
-    with ExitStack() as stack:
-        for name in names:
-            hook = model.get_submodule(name).register_forward_pre_hook(
-                lambda module, args, name=name: called.setdefault(name)
-            )
-            stack.callback(hook.remove)
+    with watching({name: model.get_submodule(name) for name in names}, lambda name, x, y: called.setdefault(name)):
         run(model, batch)
     missing = [name for name in names if name not in called]
     if missing:
@@ -269,11 +269,13 @@ def _through_chain(
     finish = getattr(config, "finish", None)
     for place, block in enumerate(blocks):
         inside = {n: model.get_submodule(n) for n in names if n.startswith(f"{prefix}.{place}.")}
-        with Watch(inside, config.wants) as watch:
+        watch = Watch(config.wants)
+        with watching(inside, watch.see):
             targets = [_output(block, call) for call in (floats or calls)]
         seen_by_float = dict(watch.rows) if floats is not None else {}
         if floats is not None:
-            with Watch(inside, config.wants) as watch:
+            watch = Watch(config.wants)
+            with watching(inside, watch.see):
                 for call in calls:
                     _output(block, call)
         for name in inside:
@@ -288,10 +290,7 @@ def _through_chain(
         calls = [_next(call, _output(block, call)) for call in calls]
     for name in names:
         if not name.startswith(f"{prefix}."):  # what is not in the chain, with all of the chain quantised
-            with Watch({name: model.get_submodule(name)}, config.wants) as watch:
-                for batch in batches:
-                    run(model, batch)
-            found = watch.found(name)
+            found = watched(model, [name], config.wants, batches).found(name)
             found.float_inputs = found.inputs if "float inputs" in config.wants else None
             replace(name, found)
 
@@ -395,6 +394,12 @@ def average_bits(model: nn.Module) -> float:
     return sum(layer.bits_per_weight() * size for layer, size in zip(layers, sizes, strict=True)) / sum(sizes)
 
 
+def tensor_bytes(model: nn.Module) -> int:
+    """Bytes of a model's parameters and buffers; what several modules share counts once."""
+    tensors = {t.data_ptr(): t for t in [*model.parameters(), *model.buffers()]}
+    return sum(t.nbytes for t in tensors.values())
+
+
 @dataclass(frozen=True)
 class RoundToNearest:
     """Every weight goes to the nearest level between the least and the largest of its group; needs no data.
@@ -417,9 +422,7 @@ class RoundToNearest:
     wants: ClassVar[frozenset[Want]] = frozenset()
 
     def __post_init__(self) -> None:
-        require(isinstance(self.bits, int) and 1 <= self.bits <= 8, "bits", self.bits, "from 1 to 8")
-        size = self.group_size
-        require(isinstance(size, int) and (size == -1 or size >= 1), "group_size", size, "-1 or at least 1")
+        check_rounding(self.bits, self.group_size)
 
     def check(self, name: str, layer: nn.Linear) -> None:
         check_groups(name, layer, self.group_size)
@@ -433,6 +436,13 @@ class RoundToNearest:
         return PackedLinear(
             codes, grid.scale.to(self.scale_dtype), grid.offset.to(self.scale_dtype), self.bits, layer.bias
         )
+
+
+def check_rounding(bits: int, group_size: int) -> None:
+    """Refuse numbers of bits and sizes of groups that no layer could have."""
+    require(isinstance(bits, int) and 1 <= bits <= 8, "bits", bits, "from 1 to 8")
+    accepted = isinstance(group_size, int) and (group_size == -1 or group_size >= 1)
+    require(accepted, "group_size", group_size, "-1 or at least 1")
 
 
 def check_groups(name: str, layer: nn.Linear, asked: int) -> None:

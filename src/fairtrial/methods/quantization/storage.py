@@ -1,14 +1,98 @@
-"""Packed models in safetensors files, as small as the arithmetic says; they load into a model that is not quantised."""
+"""Models with quantised layers in safetensors files, as small as the arithmetic says.
+
+A file says what each quantised layer is, and loads into a model of the same architecture that is not quantised.
+"""
 
 import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fairtrial.methods.quantization.packing import PackedLinear, packed_layers
 
-FORMAT, VERSION = "fairtrial-packed", 1
+Read = Callable[[str], Tensor | None]  # one of a layer's tensors, by its name there; None if the file has none
+
+
+@dataclass(frozen=True)
+class FileFormat:
+    """A kind of file.
+
+    Attributes:
+        name: in the file.
+        version: of the layout.
+        what: a file of the kind is, as messages say it.
+        layout: what has the version, as messages say it.
+        empty: makes a layer to be loaded, from the float one, what the file says of it, and its tensors.
+    """
+
+    name: str
+    version: int
+    what: str
+    layout: str
+    empty: Callable[[nn.Linear, Mapping[str, Any], Read], nn.Module]
+
+    def save(self, model: nn.Module, path: str | Path, layers: Mapping[str, Mapping[str, Any]]) -> None:
+        """Write a model into a file, with what each quantised layer is."""
+        from safetensors.torch import save_model
+
+        about = {"format": self.name, "version": str(self.version), "layers": json.dumps(layers)}
+        save_model(model, str(path), metadata=about)
+
+    def load_(self, model: nn.Module, path: str | Path) -> nn.Module:
+        """Load a file into a model that is not quantised, in place; returns the model.
+
+        Raises:
+            ValueError: the file is of another kind or version, or its layers do not fit the model's, which is left as
+                it was.
+        """
+        from safetensors import safe_open
+        from safetensors.torch import load_model
+
+        with safe_open(str(path), "pt") as file:
+            about = file.metadata() or {}
+            if about.get("format") != self.name:
+                raise ValueError(f"{path} is no {self.what}")
+            if about.get("version") != str(self.version):
+                raise ValueError(
+                    f"{path} has version {about.get('version')} of {self.layout}, this library {self.version}"
+                )
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+
+            def tensor(name: str, part: str) -> Tensor | None:
+                return file.get_tensor(f"{name}.{part}") if f"{name}.{part}" in shapes else None
+
+            made = {
+                name: self.empty(_linear(model, name, path), held, partial(tensor, name))
+                for name, held in json.loads(about["layers"]).items()
+            }
+        expected = {f"{name}.{part}": buffer for name, layer in made.items() for part, buffer in layer.named_buffers()}
+        rest = {n: t for n, t in model.state_dict().items() if not any(n.startswith(f"{name}.") for name in made)}
+        for name, held in (expected | rest).items():
+            if (name in expected or name in shapes) and shapes.get(name) != tuple(held.shape):
+                raise ValueError(f"{name} has shape {shapes.get(name)} in {path}, the model needs {tuple(held.shape)}")
+        for name, layer in made.items():
+            parent, _, last = name.rpartition(".")
+            setattr(model.get_submodule(parent), last, layer)
+        load_model(model, str(path))
+        return model
+
+
+def _linear(model: nn.Module, name: str, path: str | Path) -> nn.Linear:
+    try:
+        layer = model.get_submodule(name)
+    except AttributeError:
+        raise ValueError(f"{path} has a layer {name}, which the model has not") from None
+    if not isinstance(layer, nn.Linear):
+        raise ValueError(f"{name} is a {type(layer).__name__} in the model, {path} has a linear layer")
+    return layer
+
+
+# Packed layers -----------------------------------------------------------------------------------------------------
 
 
 def save_packed(model: nn.Module, path: str | Path) -> None:
@@ -17,16 +101,13 @@ def save_packed(model: nn.Module, path: str | Path) -> None:
     Raises:
         ValueError: the model has no packed layer.
     """
-    from safetensors.torch import save_model
-
     layers = {
         name: {"bits": layer.bits, "groups": layer.groups, "kept": None if layer.kept is None else len(layer.kept)}
         for name, layer in packed_layers(model)
     }
     if not layers:
         raise ValueError("the model has no packed layer: quantise it first, and save it before for_inference_")
-    about = {"format": FORMAT, "version": str(VERSION), "layers": json.dumps(layers)}
-    save_model(model, str(path), metadata=about)
+    PACKED.save(model, path, layers)
 
 
 def load_packed_(model: nn.Module, path: str | Path) -> nn.Module:
@@ -36,56 +117,20 @@ def load_packed_(model: nn.Module, path: str | Path) -> nn.Module:
         ValueError: the file is of another format or version, or its layers do not fit the model's, which is left as it
             was.
     """
-    from safetensors import safe_open
-    from safetensors.torch import load_model
-
-    with safe_open(str(path), "pt") as file:
-        about = file.metadata() or {}
-        if about.get("format") != FORMAT:
-            raise ValueError(f"{path} is no packed model of fairtrial's")
-        if about.get("version") != str(VERSION):
-            raise ValueError(f"{path} has version {about.get('version')} of the packed format, this library {VERSION}")
-        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-        dtypes = {name: file.get_tensor(name).dtype for name in shapes if name.endswith((".scale", ".kept"))}
-    layers = json.loads(about["layers"])
-    empty = {}
-    for name, held in layers.items():
-        layer = _linear(model, name, path)
-        empty[name] = made = _empty(layer, held["bits"], held["groups"], held["kept"], name, dtypes)
-        for part, tensor in made.named_buffers():
-            if shapes.get(f"{name}.{part}") != tuple(tensor.shape):
-                found = shapes.get(f"{name}.{part}")
-                raise ValueError(f"{name}.{part} has shape {found} in {path}, the model needs {tuple(tensor.shape)}")
-    for name, tensor in model.state_dict().items():
-        inside = any(name.startswith(f"{layer}.") for layer in layers)
-        if not inside and name in shapes and shapes[name] != tuple(tensor.shape):
-            raise ValueError(f"{name} has shape {shapes[name]} in {path}, the model needs {tuple(tensor.shape)}")
-    for name, made in empty.items():
-        parent, _, last = name.rpartition(".")
-        setattr(model.get_submodule(parent), last, made)
-    load_model(model, str(path))
-    return model
+    return PACKED.load_(model, path)
 
 
-def _linear(model: nn.Module, name: str, path: str | Path) -> nn.Linear:
-    try:
-        layer = model.get_submodule(name)
-    except AttributeError:
-        raise ValueError(f"{path} has a layer {name}, which the model has not") from None
-    if not isinstance(layer, nn.Linear):
-        raise ValueError(f"{name} is a {type(layer).__name__} in the model and cannot take packed weights")
-    return layer
+def _empty(layer: nn.Linear, held: Mapping[str, Any], read: Read) -> PackedLinear:
+    def dtype_of(part: str) -> torch.dtype:
+        found = read(part)
+        return torch.float16 if found is None else found.dtype
 
-
-def _empty(
-    layer: nn.Linear, bits: int, groups: int, kept: int | None, name: str, dtypes: dict[str, torch.dtype]
-) -> PackedLinear:
     codes = torch.zeros(layer.out_features, layer.in_features, dtype=torch.uint8)
-    scale = torch.zeros(layer.out_features, groups, dtype=dtypes.get(f"{name}.scale", torch.float16))
-    values = None
+    scale = torch.zeros(layer.out_features, held["groups"], dtype=dtype_of("scale"))
+    kept, values = held["kept"], None
     if kept is not None:
-        values = (
-            torch.zeros(kept, dtype=torch.int32),
-            torch.zeros(kept, dtype=dtypes.get(f"{name}.kept", torch.float16)),
-        )
-    return PackedLinear(codes, scale, scale.clone(), bits, layer.bias, kept=values)
+        values = torch.zeros(kept, dtype=torch.int32), torch.zeros(kept, dtype=dtype_of("kept"))
+    return PackedLinear(codes, scale, scale.clone(), held["bits"], layer.bias, kept=values)
+
+
+PACKED = FileFormat("fairtrial-packed", 1, "packed model of fairtrial's", "the packed format", _empty)

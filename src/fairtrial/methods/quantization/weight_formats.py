@@ -20,12 +20,11 @@ out before the row's largest magnitude is (the paper's Equation 8). bitsandbytes
 that. Which columns they are depends on all rows of a batch.
 """
 
-import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float, Int8, Shaped, UInt8
@@ -34,12 +33,12 @@ from torch.nn import functional as F
 
 from fairtrial.methods.arguments import require
 from fairtrial.methods.quantization.packing import pack, unpack
+from fairtrial.methods.quantization.storage import FileFormat, Read
 
 Method = Literal["int8", "nf4", "fp4"]
 METHODS = ("int8", "nf4", "fp4")
 FORMATS = ("nf4", "nf4-dq", "fp4", "fp4-dq", "int8", "bf16")
 BLOCK_OF_SCALES = 256
-FORMAT, VERSION = "fairtrial-weight-format", 1
 
 POSITIVE_FP4 = (1 / 192, 1 / 6, 1 / 4, 1 / 3, 1 / 2, 2 / 3, 1.0)
 TABLES = {
@@ -428,12 +427,10 @@ def save_formats(model: nn.Module, path: str | Path) -> None:
     Raises:
         ValueError: the model has no such layer.
     """
-    from safetensors.torch import save_model
-
     layers = {name: _about(layer) for name, layer in format_layers(model)}
     if not layers:
         raise ValueError("the model has no layer in one of the formats: quantise it first")
-    save_model(model, str(path), metadata={"format": FORMAT, "version": str(VERSION), "layers": json.dumps(layers)})
+    FILES.save(model, path, layers)
 
 
 def _about(layer: FormatLinear) -> dict[str, str | int | float]:
@@ -451,40 +448,15 @@ def load_formats_(model: nn.Module, path: str | Path) -> nn.Module:
     Raises:
         ValueError: the file is of another format or version, or does not fit the model, which is left as it was.
     """
-    from safetensors import safe_open
-    from safetensors.torch import load_model
-
-    with safe_open(str(path), "pt") as file:
-        about = file.metadata() or {}
-        if about.get("format") != FORMAT:
-            raise ValueError(f"{path} is no model of fairtrial's weight formats")
-        if about.get("version") != str(VERSION):
-            raise ValueError(f"{path} has version {about.get('version')} of the weight formats, this library {VERSION}")
-        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    empty: dict[str, FormatLinear] = {}
-    for name, held in json.loads(about["layers"]).items():
-        try:
-            layer = model.get_submodule(name)
-        except AttributeError:
-            raise ValueError(f"{path} has a layer {name}, which the model has not") from None
-        if not isinstance(layer, nn.Linear):
-            raise ValueError(f"{name} is a {type(layer).__name__} in the model, {path} has a linear layer")
-        empty[name] = _empty(layer, **held)
-    expected = {f"{name}.{part}": buffer for name, made in empty.items() for part, buffer in made.named_buffers()}
-    rest = {n: t for n, t in model.state_dict().items() if not any(n.startswith(f"{name}.") for name in empty)}
-    for name, tensor in (expected | rest).items():
-        if (name in expected or name in shapes) and shapes.get(name) != tuple(tensor.shape):
-            raise ValueError(f"{name} has shape {shapes.get(name)} in {path}, the model needs {tuple(tensor.shape)}")
-    for name, made in empty.items():
-        parent, _, last = name.rpartition(".")
-        setattr(model.get_submodule(parent), last, made)
-    load_model(model, str(path))
-    return model
+    return FILES.load_(model, path)
 
 
-def _empty(layer: nn.Linear, fmt: str, block_size: int = 64, threshold: float = 6.0) -> FormatLinear:
-    check_format(fmt, block_size)
-    return in_format(torch.zeros_like(layer.weight), layer.bias, fmt, block_size, threshold)
+def _empty(layer: nn.Linear, held: Mapping[str, Any], read: Read) -> FormatLinear:
+    check_format(held["fmt"], held.get("block_size", 64))
+    return in_format(torch.zeros_like(layer.weight), layer.bias, **held)
+
+
+FILES = FileFormat("fairtrial-weight-format", 1, "model of fairtrial's weight formats", "the weight formats", _empty)
 
 
 def in_format(
