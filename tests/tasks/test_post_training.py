@@ -7,9 +7,10 @@ import torch
 
 from fairtrial.contract import Choice
 from fairtrial.tasks import load
-from fairtrial.tasks.generation import BEGINNING, NEW, PARAGRAPHS, distinct
+from fairtrial.tasks.generation import BEGINNING, NEW, PARAGRAPHS, distinct, generation, lengths
 from fairtrial.tasks.models import Loaded
-from fairtrial.tasks.trained import TrainedTask
+from fairtrial.tasks.streams import Streams
+from fairtrial.tasks.trained import TrainedTask, Trial
 
 
 def task(name: str, **changes: int) -> TrainedTask:
@@ -66,9 +67,27 @@ def test_paragraphs_are_long_enough_to_judge_by(smollm2: Loaded) -> None:
 
 
 def test_runs_that_are_different_are_counted() -> None:
-    ids = torch.tensor([[1, 2, 1, 2, 1], [1, 2, 3, 4, 5]])
-    assert distinct(ids, 2) == pytest.approx((2 / 4 + 4 / 4) / 2)
-    assert distinct(ids, 4) == 1.0
+    ids, sizes = torch.tensor([[1, 2, 1, 2, 1], [1, 2, 3, 4, 5]]), torch.tensor([5, 5])
+    assert distinct(ids, sizes, 2) == pytest.approx((2 / 4 + 4 / 4) / 2)
+    assert distinct(ids, sizes, 4) == 1.0
+    assert distinct(ids, torch.tensor([2, 1]), 2) == 1.0
+
+
+def test_what_follows_the_end_of_a_text_is_not_judged(smollm2: Loaded) -> None:
+    end = smollm2.tokenizer.eos_token_id
+    assert lengths(torch.tensor([[5, end, 7], [5, 6, 7], [end, end, 7]]), torch.tensor([end])).tolist() == [2, 3, 1]
+    each = task("smollm2-generation", passages=4)
+
+    def ending(followed_by: int) -> dict[str, float]:
+        def decoder(model, input_ids, **options):
+            tail = torch.full((len(input_ids), NEW - 3), followed_by)
+            return torch.cat([input_ids, torch.tensor([[30, 281, end]]).expand(len(input_ids), 3), tail], 1)
+
+        setting, passages = each.given(0, "validation")
+        with torch.no_grad():
+            return generation(Trial(each, setting, {"decoder": decoder}, passages, Streams(0)))[1]
+
+    assert ending(0) == ending(5)
 
 
 @pytest.mark.parametrize("name", ["small-lm-qat", "digits-vit"])

@@ -8,11 +8,12 @@ diversity and repetition stand beside it.
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
 from fairtrial.contract import Choice, Costs, Diverged, Metric, Slot
+from fairtrial.methods.decoding.sampling import end_tokens
 from fairtrial.methods.registry import Integer, Method, Uniform
 from fairtrial.tasks import documentation
 from fairtrial.tasks.models import transformers
@@ -135,31 +136,42 @@ def generation(trial: Trial) -> tuple[float, dict[str, float], Costs]:
     """How far the written tokens are from people's in nats per token, and how varied they are."""
     beginnings, real = trial.passages[:, :BEGINNING], trial.passages[:, BEGINNING:]
     written = continued(trial, beginnings)
-    nats, people = (surprise(trial, torch.cat([beginnings, tokens], 1)) for tokens in (written, real))
+    sizes = lengths(written, end_tokens(trial.model, None))
+    nats = surprise(trial, torch.cat([beginnings, written], 1), sizes)
+    people = surprise(trial, trial.passages, lengths(real))
     if not nats.isfinite().all():
         raise Diverged("what was written has probability 0")
     figures = {
         "nats per token": nats.mean().item(),
         "people's nats per token": people.mean().item(),
-        "distinct pairs": distinct(written, 2),
-        "repeated fours": 1 - distinct(written, 4),
+        "distinct pairs": distinct(written, sizes, 2),
+        "repeated fours": 1 - distinct(written, sizes, 4),
     }
     return abs(figures["nats per token"] - figures["people's nats per token"]), figures, Costs()
 
 
-def surprise(trial: Trial, ids: Int[Tensor, "n t"]) -> Float[Tensor, " n"]:
+def lengths(written: Int[Tensor, "n t"], ends: Int[Tensor, " e"] | None = None) -> Int[Tensor, " n"]:
+    """How many tokens of each row belong to its text: those up to the first that ends it, or all."""
+    ended = torch.zeros_like(written) if ends is None else torch.isin(written, ends).int()
+    return (ended.cumsum(1) - ended == 0).sum(1)
+
+
+def surprise(trial: Trial, ids: Int[Tensor, "n t"], sizes: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
     """Mean nats of each row's tokens after the beginning, under the model as it is."""
     logits = trial.model(ids).logits[:, BEGINNING - 1 : -1]
-    nats = F.cross_entropy(logits.flatten(0, 1), ids[:, BEGINNING:].flatten(), reduction="none")
-    return nats.view(len(ids), -1).mean(1)
+    nats = F.cross_entropy(logits.flatten(0, 1), ids[:, BEGINNING:].flatten(), reduction="none").view(len(ids), -1)
+    there = torch.arange(nats.shape[1]) < sizes[:, None]
+    return nats.where(there, 0).sum(1) / sizes
 
 
-def distinct(ids: Int[Tensor, "n t"], size: int) -> float:
-    """The mean over rows of the share of runs of that many tokens that are different."""
-    runs = ids.unfold(1, size, 1)
-    same: Bool[Tensor, "n a b"] = (runs[:, :, None] == runs[:, None]).all(-1)
-    first = ~same.tril(-1).any(2)
-    return first.double().mean().item()
+def distinct(ids: Int[Tensor, "n t"], sizes: Int[Tensor, " n"], size: int) -> float:
+    """The mean over rows of the share of runs of that many tokens that are different; 1 for rows without a run."""
+    shares = [1.0] * len(ids)
+    for place, (row, length) in enumerate(zip(ids, sizes.tolist(), strict=True)):
+        if length >= size:
+            runs = row[:length].unfold(0, size, 1)
+            shares[place] = len(runs.unique(dim=0)) / len(runs)
+    return sum(shares) / len(shares)
 
 
 smollm2_generation = TrainedTask(

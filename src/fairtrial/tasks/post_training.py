@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fairtrial.contract import Costs, Diverged, Metric
-from fairtrial.methods.quantization.packing import packed_layers
+from fairtrial.methods.quantization.packing import quantised_layers
 from fairtrial.methods.quantization.quantize import average_bits, quantize_, tensor_bytes
 from fairtrial.tasks import documentation, small_gpt
 from fairtrial.tasks.trained import TrainedTask, Trial, quantizer_slot
@@ -33,7 +33,7 @@ def held(model: nn.Module) -> tuple[int, dict[str, float]]:
 
 def bits_of(model: nn.Module) -> float:
     """Bits that a quantised weight takes with all that belongs to it; 32 where nothing is quantised."""
-    return average_bits(model) if any(True for _ in packed_layers(model)) else 32.0
+    return average_bits(model) if any(True for _ in quantised_layers(model)) else 32.0
 
 
 # The small language model ------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from fairtrial.methods.quantization import (
     CPUInt4Linear,
+    CPUInt8Linear,
     PackedLinear,
     RoundToNearest,
     average_bits,
@@ -78,15 +79,18 @@ def test_bytes_are_what_the_arithmetic_says() -> None:
     assert average_bits(model) == 2 + 2 * 16 / 16
 
 
-def test_the_cpu_kernel_computes_the_same_in_bfloat16() -> None:
-    packed = layer(out=48, width=128, groups=2)
-    fast = CPUInt4Linear(packed)
-    x = torch.randn(7, 128)
+@pytest.mark.parametrize(("kind", "bits", "groups"), [(CPUInt4Linear, 4, 2), (CPUInt8Linear, 8, 1)])
+@pytest.mark.parametrize("rows", [1, 7, 8, 20])
+def test_the_cpu_kernels_compute_the_same_in_bfloat16(kind, bits: int, groups: int, rows: int) -> None:
+    packed = layer(out=48, width=128, bits=bits, groups=groups)
+    fast = kind(packed)
+    x = torch.randn(rows, 128)
     exact = packed(x)
     assert (fast(x) - exact).abs().max() < 0.01 * exact.abs().max()
     assert fast(x).dtype == x.dtype
-    with pytest.raises(ValueError, match="does not take"):
-        CPUInt4Linear(layer(bits=3))
+    assert packed.bits_per_weight() - 1 <= fast.bits_per_weight() <= packed.bits_per_weight() + 1
+    with pytest.raises(ValueError, match=f"PyTorch's kernel for {bits} bits on the CPU takes"):
+        kind(layer(bits=3))
 
 
 def model() -> nn.Module:
@@ -102,6 +106,11 @@ def test_for_inference_takes_what_the_kernel_takes() -> None:
     for_inference_(quantised)
     assert [type(quantised[i]) for i in (0, 2, 4)] == [CPUInt4Linear, CPUInt4Linear, nn.Linear]
     assert (quantised(x) - before).abs().max() < 0.02 * before.abs().max()
+    rows = for_inference_(quantize_(model(), RoundToNearest(bits=8, group_size=-1), skip=("4",)))
+    assert [type(rows[i]) for i in (0, 2, 4)] == [CPUInt8Linear, CPUInt8Linear, nn.Linear]
+    assert (rows(x) - model()(x)).abs().max() < 0.02 * before.abs().max()
+    with pytest.raises(ValueError, match="quantised already: 0 is a CPUInt8Linear"):
+        quantize_(rows, RoundToNearest())
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
@@ -135,7 +144,37 @@ def test_files_of_others_are_refused_before_anything_changes(tmp_path) -> None:
     save_packed(quantize_(nn.Sequential(nn.Linear(32, 32)), RoundToNearest(group_size=16)), path)
     with pytest.raises(ValueError, match="has a layer 0, which the model has not"):
         load_packed_(nn.Linear(32, 32), path)
+    bigger = nn.Sequential(nn.Linear(64, 32), nn.Linear(32, 32))
+    save_packed(quantize_(bigger, RoundToNearest(group_size=16), skip=("1",)), path)
+    with pytest.raises(ValueError, match=r"has 1\.(weight|bias), which the model has not"):
+        load_packed_(nn.Sequential(nn.Linear(64, 32)), path)
+    save_packed(quantize_(nn.Sequential(nn.Linear(64, 32)), RoundToNearest(group_size=16)), path)
+    with pytest.raises(ValueError, match=r"lacks 2\.weight, which the model has"):
+        load_packed_(plain, path)
     with pytest.raises(ValueError, match="no packed layer"):
         save_packed(plain, path)
     assert all(torch.equal(before[name], tensor) for name, tensor in plain.state_dict().items())
     assert isinstance(plain[0], nn.Linear)
+
+
+def test_scales_and_offsets_load_in_the_dtypes_that_they_had(tmp_path) -> None:
+    path = tmp_path / "model.safetensors"
+    codes = torch.zeros(4, 8, dtype=torch.uint8)
+    held = nn.Sequential(PackedLinear(codes, torch.ones(4, 1).half(), torch.full((4, 1), 1 + 2**-20), 4))
+    save_packed(held, path)
+    again = load_packed_(nn.Sequential(nn.Linear(8, 4, bias=False)), path)
+    assert (again[0].scale.dtype, again[0].offset.dtype) == (torch.float16, torch.float32)
+    assert torch.equal(again[0].dequantize(), held[0].dequantize())
+
+
+def test_tied_weights_are_in_a_file_once(tmp_path) -> None:
+    def tied() -> nn.Module:
+        made = nn.ModuleDict({"embedding": nn.Embedding(8, 16), "inner": nn.Linear(16, 16), "head": nn.Linear(16, 8)})
+        made["head"].weight = made["embedding"].weight
+        return made
+
+    path, model = tmp_path / "model.safetensors", tied()
+    save_packed(quantize_(model, RoundToNearest(group_size=16), skip=("head",)), path)
+    again = load_packed_(tied(), path)
+    assert torch.equal(again["head"].weight, model["embedding"].weight)
+    assert again["head"].weight is again["embedding"].weight

@@ -8,7 +8,16 @@ import pytest
 import torch
 from torch import nn
 
-from fairtrial.methods.quantization import Found, PackedLinear, RoundToNearest, average_bits, packed_layers, quantize_
+from fairtrial.methods.quantization import (
+    GPTQ,
+    Found,
+    PackedLinear,
+    RoundToNearest,
+    apply_ptq,
+    average_bits,
+    packed_layers,
+    quantize_,
+)
 from fairtrial.methods.quantization.quantize import chain_of_blocks, fit_range, round_to
 
 
@@ -132,7 +141,7 @@ def test_what_cannot_be_quantised_is_refused_and_unchanged() -> None:
         quantize_(tied, RoundToNearest(group_size=16))
     assert model.state_dict().keys() == before.keys()
     quantize_(model, RoundToNearest(group_size=8))
-    with pytest.raises(ValueError, match="quantised already: 0 is packed"):
+    with pytest.raises(ValueError, match="quantised already: 0 is a PackedLinear"):
         quantize_(model, RoundToNearest(group_size=8))
     for wrong in ({"bits": 0}, {"bits": 9}, {"group_size": 0}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
@@ -146,3 +155,20 @@ def test_a_language_model_keeps_its_head_and_loses_its_bytes(small_gpt) -> None:
     with torch.no_grad():
         ids = torch.arange(64, 96)[None]
         assert (model(ids).logits - small_gpt.model(ids).logits).abs().max() < 3
+
+
+@pytest.mark.parametrize("config", [RoundToNearest(bits=2, group_size=8), GPTQ(bits=2, group_size=8)])
+def test_weights_too_small_for_the_scales_dtype_become_no_nan(config) -> None:
+    layer = nn.Linear(16, 4)
+    with torch.no_grad():
+        layer.weight.mul_(1e-9)
+    model = quantize_(nn.Sequential(layer), config, [torch.randn(32, 16)])
+    assert model[0].dequantize().abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("fmt", ["nf4", "int8", "bf16"])
+def test_a_model_in_a_fixed_format_is_not_quantised_again(fmt: str) -> None:
+    model = apply_ptq(nn.Sequential(nn.Linear(16, 4), nn.Linear(4, 4)), fmt, skip=("1",))
+    with pytest.raises(ValueError, match="quantised already: 0 is a"):
+        quantize_(model, RoundToNearest(group_size=4))
+    assert average_bits(model) == model[0].bits_per_weight()

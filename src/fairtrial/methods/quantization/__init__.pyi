@@ -63,9 +63,11 @@ from .one_quantllm import sample_config as sample_config
 from .one_quantllm import search_subnet as search_subnet
 from .one_quantllm import set_config as set_config
 from .packing import CPUInt4Linear as CPUInt4Linear
+from .packing import CPUInt8Linear as CPUInt8Linear
 from .packing import PackedLinear as PackedLinear
 from .packing import pack as pack
 from .packing import packed_layers as packed_layers
+from .packing import quantised_layers as quantised_layers
 from .packing import unpack as unpack
 from .ptq_impact import Sensitivity as Sensitivity
 from .ptq_impact import WeightFormat as WeightFormat

@@ -132,8 +132,7 @@ class PackedLinear(nn.Module):
 
     def bits_per_weight(self) -> float:
         """All that is held beside the bias, scales, offsets and kept weights included."""
-        held = [b for name, b in self.named_buffers() if name != "bias"]
-        return 8 * sum(b.numel() * b.element_size() for b in held) / (self.out_features * self.in_features)
+        return bits_held(self)
 
     def extra_repr(self) -> str:
         text = f"{self.in_features}, {self.out_features}, bits={self.bits}, groups={self.groups}"
@@ -160,8 +159,7 @@ class CPUInt4Linear(nn.Module):
 
     def __init__(self, packed: PackedLinear) -> None:
         super().__init__()
-        if not cpu_kernel_takes(packed):
-            raise ValueError(f"PyTorch's kernel for 4 bits on the CPU does not take PackedLinear({packed})")
+        require(self.takes(packed), "packed", packed, "a layer that PyTorch's kernel for 4 bits on the CPU takes")
         self.in_features, self.out_features = packed.in_features, packed.out_features
         self.group_size = packed.in_features // packed.groups
         weight = torch._convert_weight_to_int4pack_for_cpu(packed.codes().int(), 1)
@@ -172,21 +170,92 @@ class CPUInt4Linear(nn.Module):
         self.register_buffer("scale_and_zero", both.bfloat16().contiguous(), persistent=False)
         self.register_buffer("bias", packed.bias, persistent=False)
 
+    @staticmethod
+    def takes(layer: PackedLinear) -> bool:
+        """Whether one can be made of a layer."""
+        fits = layer.in_features // layer.groups in (32, 64, 128, 256) and layer.out_features % 16 == 0
+        return layer.bits == 4 and fits and _all_codes_on_cpu(layer)
+
     def forward(self, x: Float[Tensor, "*b i"]) -> Float[Tensor, "*b o"]:
         rows = x.reshape(-1, self.in_features).bfloat16()
         y = torch._weight_int4pack_mm_for_cpu(rows, self.weight, self.group_size, self.scale_and_zero).to(x.dtype)
         return (y if self.bias is None else y + self.bias.to(x.dtype)).view(*x.shape[:-1], self.out_features)
 
+    def bits_per_weight(self) -> float:
+        """All that is held beside the bias."""
+        return bits_held(self)
 
-def cpu_kernel_takes(layer: PackedLinear) -> bool:
-    """Whether `CPUInt4Linear` can be made of a layer."""
-    fits = layer.bits == 4 and layer.in_features // layer.groups in (32, 64, 128, 256) and layer.out_features % 16 == 0
-    return fits and layer.kept is None and layer.packed.device.type == "cpu"
+
+class CPUInt8Linear(nn.Module):
+    """A `PackedLinear` of 8 bits for PyTorch's CPU kernel, which reads int8 weights where there are few rows.
+
+    It computes in bfloat16, whatever the dtype of input and output, with scales in float32: several times as fast as
+    float32 weights for a single row. From `FEW` rows on the weights are converted first, which is faster there. It
+    takes as many bytes as the packed layer, but for scales in float32, and cannot be saved.
+
+    Args:
+        packed: a layer of 8 bits without kept weights, on the CPU, with one scale for each row.
+
+    Raises:
+        ValueError: the layer is not like that.
+    """
+
+    FEW = 8
+    weight: Tensor
+    scale: Tensor
+    shift: Tensor
+    ones: Tensor
+    bias: Tensor | None
+
+    def __init__(self, packed: PackedLinear) -> None:
+        super().__init__()
+        require(self.takes(packed), "packed", packed, "a layer that PyTorch's kernel for 8 bits on the CPU takes")
+        self.in_features, self.out_features = packed.in_features, packed.out_features
+        scale, offset = packed.scale.float().flatten(), packed.offset.float().flatten()
+        self.register_buffer("weight", (packed.codes().short() - 128).to(torch.int8), persistent=False)
+        self.register_buffer("scale", scale, persistent=False)
+        self.register_buffer("shift", offset + 128 * scale, persistent=False)  # what the code 128 stands for
+        self.register_buffer("ones", torch.ones_like(scale, dtype=torch.bfloat16), persistent=False)
+        self.register_buffer("bias", packed.bias, persistent=False)
+
+    @staticmethod
+    def takes(layer: PackedLinear) -> bool:
+        """Whether one can be made of a layer."""
+        return layer.bits == 8 and layer.groups == 1 and _all_codes_on_cpu(layer)
+
+    def forward(self, x: Float[Tensor, "*b i"]) -> Float[Tensor, "*b o"]:
+        rows = x.reshape(-1, self.in_features).bfloat16()
+        if len(rows) < self.FEW:
+            y = torch._weight_int8pack_mm(rows, self.weight, self.ones)
+        else:
+            y = F.linear(rows, self.weight.bfloat16())
+        shifted = rows.sum(1, keepdim=True, dtype=torch.float32) * self.shift
+        y = torch.addcmul(shifted, y.float(), self.scale).to(x.dtype)
+        return (y if self.bias is None else y + self.bias.to(x.dtype)).view(*x.shape[:-1], self.out_features)
+
+    def bits_per_weight(self) -> float:
+        """All that is held beside the bias."""
+        return bits_held(self)
+
+
+def _all_codes_on_cpu(layer: PackedLinear) -> bool:
+    return layer.kept is None and layer.packed.device.type == "cpu"
+
+
+def bits_held(layer: nn.Module) -> float:
+    """Bits of a linear layer's buffers but the bias, for each weight."""
+    held = [buffer for name, buffer in layer.named_buffers() if name != "bias"]
+    return 8 * sum(b.numel() * b.element_size() for b in held) / (int(layer.out_features) * int(layer.in_features))
 
 
 def packed_layers(model: nn.Module) -> Iterator[tuple[str, PackedLinear]]:
     """The packed layers of a model, by name."""
     yield from ((name, module) for name, module in model.named_modules() if isinstance(module, PackedLinear))
+
+
+def quantised_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The layers of a model that say how many bits a weight takes in them, by name: packed, or in a fixed format."""
+    yield from ((name, module) for name, module in model.named_modules() if hasattr(module, "bits_per_weight"))
 
 
 def group_size(width: int, asked: int) -> int:

@@ -19,10 +19,11 @@ from torch import Tensor, nn
 from fairtrial.methods.arguments import require
 from fairtrial.methods.quantization.packing import (
     CPUInt4Linear,
+    CPUInt8Linear,
     PackedLinear,
-    cpu_kernel_takes,
     group_size,
     packed_layers,
+    quantised_layers,
 )
 
 Batch = Tensor | Mapping[str, Tensor] | Sequence[Tensor]
@@ -82,9 +83,9 @@ def quantize_(
             Also if calibration data never reach a layer, which may be found after others have been quantised.
     """
     names = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and not skipped(n, skip)]
-    done = next(packed_layers(model), None)
+    done = next(quantised_layers(model), None)
     if done is not None:
-        raise ValueError(f"the model has been quantised already: {done[0]} is packed")
+        raise ValueError(f"the model has been quantised already: {done[0]} is a {type(done[1]).__name__}")
     if not names:
         raise ValueError("the model has no linear layer to quantise" + (f" but {', '.join(skip)}" if skip else ""))
     shared = _shared_weights(model, names)
@@ -352,8 +353,13 @@ class Grid:
     offset: Float[Tensor, "o g"]
 
     def held_in(self, dtype: torch.dtype) -> "Grid":
-        """The grid that is left when scale and offset are stored in another dtype; in the dtype that it had."""
-        return Grid(self.scale.to(dtype).to(self.scale.dtype), self.offset.to(dtype).to(self.offset.dtype))
+        """The grid that is left when scale and offset are stored in another dtype; in the dtype that it had.
+
+        A scale too near to 0 for the other dtype becomes the least that it has, for codes are found by dividing by it.
+        """
+        least = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+        scale = torch.where(self.scale.abs() < least, torch.copysign(torch.tensor(least), self.scale), self.scale)
+        return Grid(scale.to(dtype).to(self.scale.dtype), self.offset.to(dtype).to(self.offset.dtype))
 
 
 def fit_range(grouped: Float[Tensor, "o g s"], bits: int, *, symmetric: bool = False) -> Grid:
@@ -378,18 +384,22 @@ def round_to(grouped: Float[Tensor, "o g s"], grid: Grid, bits: int) -> Float[Te
 
 
 def for_inference_(model: nn.Module) -> nn.Module:
-    """Put packed layers that PyTorch's CPU kernel takes into its layout, in place; the model can no longer be saved."""
+    """Put packed layers that PyTorch's CPU kernels take into their layouts, in place; the model can no longer be saved.
+
+    They take 4 bits in groups of 32, 64, 128 or 256, and 8 bits with a scale for each row.
+    """
     for name, layer in list(packed_layers(model)):
-        if cpu_kernel_takes(layer):
-            parent, _, last = name.rpartition(".")
-            setattr(model.get_submodule(parent), last, CPUInt4Linear(layer))
+        for kind in (CPUInt4Linear, CPUInt8Linear):
+            if kind.takes(layer):
+                parent, _, last = name.rpartition(".")
+                setattr(model.get_submodule(parent), last, kind(layer))
     return model
 
 
 def average_bits(model: nn.Module) -> float:
-    """Bits per weight over all packed layers, everything counted that they hold beside biases."""
-    layers = [layer for _, layer in packed_layers(model)]
-    require(bool(layers), "model", type(model).__name__, "a model with packed layers")
+    """Bits per weight over all quantised layers, everything counted that they hold beside biases."""
+    layers: list[Any] = [layer for _, layer in quantised_layers(model)]
+    require(bool(layers), "model", type(model).__name__, "a model with quantised layers")
     sizes = [layer.in_features * layer.out_features for layer in layers]
     return sum(layer.bits_per_weight() * size for layer, size in zip(layers, sizes, strict=True)) / sum(sizes)
 

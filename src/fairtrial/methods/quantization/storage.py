@@ -70,11 +70,17 @@ class FileFormat:
                 name: self.empty(_linear(model, name, path), held, partial(tensor, name))
                 for name, held in json.loads(about["layers"]).items()
             }
-        expected = {f"{name}.{part}": buffer for name, layer in made.items() for part, buffer in layer.named_buffers()}
+        own = {f"{name}.{part}": buffer for name, layer in made.items() for part, buffer in layer.named_buffers()}
         rest = {n: t for n, t in model.state_dict().items() if not any(n.startswith(f"{name}.") for name in made)}
-        for name, held in (expected | rest).items():
-            if (name in expected or name in shapes) and shapes.get(name) != tuple(held.shape):
-                raise ValueError(f"{name} has shape {shapes.get(name)} in {path}, the model needs {tuple(held.shape)}")
+        there = {t.data_ptr() for n, t in rest.items() if n in shapes}  # a file has shared tensors once
+        for name in shapes:
+            if name not in own and name not in rest:
+                raise ValueError(f"{path} has {name}, which the model has not")
+        for name, held in (own | rest).items():
+            if name not in shapes and (name in own or held.data_ptr() not in there):
+                raise ValueError(f"{path} lacks {name}, which the model has")
+            if name in shapes and shapes[name] != tuple(held.shape):
+                raise ValueError(f"{name} has shape {shapes[name]} in {path}, the model needs {tuple(held.shape)}")
         for name, layer in made.items():
             parent, _, last = name.rpartition(".")
             setattr(model.get_submodule(parent), last, layer)
@@ -126,11 +132,13 @@ def _empty(layer: nn.Linear, held: Mapping[str, Any], read: Read) -> PackedLinea
         return torch.float16 if found is None else found.dtype
 
     codes = torch.zeros(layer.out_features, layer.in_features, dtype=torch.uint8)
-    scale = torch.zeros(layer.out_features, held["groups"], dtype=dtype_of("scale"))
+    scale, offset = (
+        torch.zeros(layer.out_features, held["groups"], dtype=dtype_of(part)) for part in ("scale", "offset")
+    )
     kept, values = held["kept"], None
     if kept is not None:
         values = torch.zeros(kept, dtype=torch.int32), torch.zeros(kept, dtype=dtype_of("kept"))
-    return PackedLinear(codes, scale, scale.clone(), held["bits"], layer.bias, kept=values)
+    return PackedLinear(codes, scale, offset, held["bits"], layer.bias, kept=values)
 
 
 PACKED = FileFormat("fairtrial-packed", 1, "packed model of fairtrial's", "the packed format", _empty)

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fairtrial.methods.arguments import require
-from fairtrial.methods.quantization.packing import pack, unpack
+from fairtrial.methods.quantization.packing import bits_held, pack, unpack
 from fairtrial.methods.quantization.storage import FileFormat, Read
 
 Method = Literal["int8", "nf4", "fp4"]
@@ -266,7 +266,7 @@ class TableLinear(nn.Module):
 
     def bits_per_weight(self) -> float:
         """All that is held beside the bias, scales included."""
-        return _bits_held(self)
+        return bits_held(self)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, format={self.format!r}, block_size={self.block_size}"
@@ -346,7 +346,7 @@ class Int8Linear(nn.Module):
 
     def bits_per_weight(self) -> float:
         """All that is held beside the bias, scales included."""
-        return _bits_held(self)
+        return bits_held(self)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, format='int8', threshold={self.threshold}"
@@ -370,18 +370,13 @@ class BFloat16Linear(nn.Module):
 
     def bits_per_weight(self) -> float:
         """16."""
-        return _bits_held(self)
+        return bits_held(self)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, format='bf16'"
 
 
 FormatLinear = TableLinear | Int8Linear | BFloat16Linear
-
-
-def _bits_held(layer: FormatLinear) -> float:
-    held = [b for name, b in layer.named_buffers() if name != "bias"]
-    return 8 * sum(b.numel() * b.element_size() for b in held) / (layer.out_features * layer.in_features)
 
 
 def bits_per_weight(fmt: str, block_size: int = 64, row: int | None = None) -> float:
