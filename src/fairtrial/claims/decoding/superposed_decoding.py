@@ -172,7 +172,7 @@ def continuations(piece: Piece, given: Int[Tensor, "b t"]) -> Int[Tensor, "b k _
             return sample(model, given, max_new_tokens=TOKENS, processors=likeliest, eos_token_id=())[:, None]
         case _:
             options = {"min_new_tokens": TOKENS, "max_new_tokens": TOKENS, "num_beams": DRAFTS, "do_sample": False}
-            best: Tensor = model.generate(given, attention_mask=torch.ones_like(given), **options)  # type: ignore[operator]
+            best: Tensor = model.generate(given, attention_mask=torch.ones_like(given), **options)
             return best[:, None]
 
 
