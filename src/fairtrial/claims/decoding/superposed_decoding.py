@@ -141,7 +141,8 @@ def prompts() -> Int[Tensor, "n t"]:
 def counted() -> NGramInterpolator:
     """N-grams of the paragraphs that the prompts are not from."""
     used = {tuple(ids) for ids in prompts().tolist()}
-    return NGramInterpolator().fit([torch.tensor(ids) for ids in paragraphs() if tuple(ids[:PROMPT]) not in used])
+    others = [torch.tensor(ids) for ids in paragraphs(fewest_tokens=2) if tuple(ids[:PROMPT]) not in used]
+    return NGramInterpolator().fit(others)
 
 
 def log_perplexities(piece: Piece) -> list[list[float]]:
