@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import LogitsProcessor, TopKLogitsWarper
+from transformers import LogitsProcessor, TemperatureLogitsWarper, TopKLogitsWarper
 
 from fairtrial.methods.decoding import sample
 from fairtrial.methods.registry import index
@@ -48,16 +48,14 @@ def is_processor(decoder) -> bool:
     return isinstance(decoder, LogitsProcessor)
 
 
-def processor_of(entry, temperature, **options):
+def processor_of(entry):
     """The decoder, if it is a logits processor."""
-    setting = SimpleNamespace(model=None, tokenizer=None, corpus=torch.arange(9), generator=None)
-    setting.temperature = temperature
-    decoder = build(entry, setting, **options)
+    decoder = build(entry, SimpleNamespace(model=None, tokenizer=None, corpus=torch.arange(9), generator=None))
     return decoder if is_processor(decoder) else None
 
 
 def text_of(decoder, setting, ids, mask, length=12, seed=0):
-    """Prompts and their continuations; nothing ends them."""
+    """Prompts and their continuations, as tasks make them: a temperature comes first."""
     if not is_processor(decoder):
         return decoder(setting.model, ids, mask, length, generator(seed))
     return sample(
@@ -65,8 +63,7 @@ def text_of(decoder, setting, ids, mask, length=12, seed=0):
         ids,
         mask,
         max_new_tokens=length,
-        processors=[decoder],
-        temperature=setting.temperature,
+        processors=[TemperatureLogitsWarper(setting.temperature), decoder],
         generator=generator(seed),
         eos_token_id=(),
     )
@@ -94,10 +91,9 @@ def drawn(seed, rows, spread, holes):
     seed=st.integers(0, 10_000),
     spread=st.floats(0.01, 30),
     holes=st.sampled_from([0.0, 0.3, 0.95]),
-    temperature=st.floats(0.2, 3),
 )
-def test_the_kept_set_is_of_the_likeliest_tokens_and_nothing_else_is_drawn(entry, seed, spread, holes, temperature):
-    processor = processor_of(entry, temperature)
+def test_the_kept_set_is_of_the_likeliest_tokens_and_nothing_else_is_drawn(entry, seed, spread, holes):
+    processor = processor_of(entry)
     if processor is None:
         return
     logits, ids = drawn(seed, 3, spread, holes), torch.zeros(3, 1, dtype=torch.long)
@@ -111,7 +107,7 @@ def test_the_kept_set_is_of_the_likeliest_tokens_and_nothing_else_is_drawn(entry
         others = logits.masked_fill(kept, -math.inf).amax(-1)
         assert torch.all(kept.any(-1))
         assert torch.all(least >= others)
-        tokens = torch.multinomial((scores / temperature).softmax(-1), 20, True, generator=generator(step))
+        tokens = torch.multinomial(scores.softmax(-1), 20, True, generator=generator(step))
         assert kept.gather(-1, tokens).all()
         ids = torch.cat([ids, tokens[:, :1]], 1)
 
@@ -120,10 +116,10 @@ def test_the_kept_set_is_of_the_likeliest_tokens_and_nothing_else_is_drawn(entry
 @settings(deadline=None, max_examples=10)
 @given(seed=st.integers(0, 10_000))
 def test_rows_of_a_batch_are_what_they_are_alone(entry, seed):
-    together = processor_of(entry, 1.0)
+    together = processor_of(entry)
     if together is None:
         return
-    alone = [processor_of(entry, 1.0) for _ in range(3)]
+    alone = [processor_of(entry) for _ in range(3)]
     ids = torch.zeros(3, 1, dtype=torch.long)
     for step in range(4):
         logits = drawn(seed + step, 3, 3.0, 0.1)

@@ -18,8 +18,9 @@ one is expanded. At the end the k drafts of lowest perplexity exp(-λ / length) 
 
 Differences from the authors' code: where an n-gram's context would begin before the prompt it contributes 0, and not
 the shorter context's probability again; p̂ is kept as a logarithm, so that a candidate far below the first does not
-vanish at this temperature; prompts of several lengths are padded on the left; and a step with fewer possible
-continuations than k keeps fewer drafts instead of impossible ones.
+vanish at this temperature; finished drafts count at the end, whose perplexities a product of 0 and infinity makes NaN
+there; prompts of several lengths are padded on the left; and a step with fewer possible continuations than k keeps
+fewer drafts instead of impossible ones.
 """
 
 import math

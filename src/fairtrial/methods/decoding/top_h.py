@@ -14,9 +14,9 @@ likely tokens, without renormalising what is kept; `TopHLogitsWarper` of transfo
 renormalising the n tokens. That is `criterion="partial"` here. Of N equally likely tokens it keeps α N, and Algorithm 1
 keeps N^α. The default is the algorithm, which alone has the guarantee.
 
-In `generate` processors that a person hands over come before the temperature. What is kept belongs to the tempered
-distribution, so the processor is told the temperature; as in the authors' code it leaves the logits that it keeps as
-they are.
+What is kept belongs to the tempered distribution. Where the logits are tempered first there is nothing more to do; but
+`generate` applies its temperature after the processors that a person hands over. The processor can then be told the
+temperature, and, as the authors' code does, leaves the logits that it keeps as they are.
 """
 
 import math
@@ -41,12 +41,7 @@ FIRST_LOOK = (
 )
 
 
-@method(
-    paper="top_h",
-    slot="decoder",
-    search={"alpha": Uniform(0.1, 0.9)},
-    bind=lambda setting: {"temperature": setting.temperature},
-)
+@method(paper="top_h", slot="decoder", search={"alpha": Uniform(0.1, 0.9)})
 class TopHLogitsProcessor(LogitsProcessor):
     """Keep the most likely tokens whose entropy stays within a share of the whole distribution's.
 
@@ -58,7 +53,8 @@ class TopHLogitsProcessor(LogitsProcessor):
             (the authors' code).
         top_n: only so many of the most likely tokens are considered: for 'partial' 100 by default, else all. With
             'partial' they are renormalised and the bound is theirs.
-        temperature: that is going to divide the logits afterwards, above 0; the kept set is that of the result.
+        temperature: that is going to divide the logits afterwards, above 0; the kept set is that of the result. 1 if
+            they have been tempered already.
         filter_value: what the logits of other tokens become.
         min_tokens_to_keep: at least 1.
 
