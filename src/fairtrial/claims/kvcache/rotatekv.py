@@ -17,7 +17,7 @@ from fairtrial.claims.measure import Measure, measured
 from fairtrial.claims.paired import above_zero, gaps, relative_gaps, surely_above, surely_below
 from fairtrial.methods.kvcache.rotatekv import RotateKVCache, calibrate_channel_order
 
-TOKENS, SEEDS, TUNING_SEEDS = 1024, 8, 1
+TOKENS, SEEDS, TUNING_SEEDS = 768, 8, 1
 CALIBRATION, CALIBRATION_TOKENS = 8, 512
 GROUP = 64
 CLIPS = (0.8, 1.0)  # the authors' for 2 bits, and none
