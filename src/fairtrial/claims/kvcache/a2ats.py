@@ -37,7 +37,7 @@ def check(measure: Measure) -> list[Finding]:
 
 def trained(kind: str) -> Codebooks:
     """Codebooks of all layers, from passages of the training part."""
-    calibration = passages("training", CONTEXT)[:CALIBRATION].split(1)
+    calibration = torch.split(passages("training", CONTEXT)[:CALIBRATION], 1)
     return train_codebooks(
         smollm2().model,
         calibration,

@@ -89,7 +89,7 @@ def _train(model: Any, lr: float, streams: Streams) -> None:
     optimizer = torch.optim.AdamW(parameters, lr, betas=(0.9, 0.95), weight_decay=0.1)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS, eta_min=lr / 10)
     text = bytes_of_text(BASE, "calibration", STEPS * BATCH, PROMPT + CONTINUED, streams("order"))
-    for batch in text.split(BATCH):
+    for batch in torch.split(text, BATCH):
         loss = model(batch, labels=batch).loss
         if not loss.isfinite():
             raise Diverged("the loss is no longer finite")
