@@ -35,7 +35,7 @@ from fairtrial.tasks.streams import Streams
 ROUNDED, PARALLEL, SEQUENTIAL, END_TO_END = "rounding alone", "parallel", "sequential", "end to end"
 WIDTHS, SAMPLES, TUNED_ON, FEW = (3, 2), (16, 64, 256), 64, (16, 64)
 RATES = (1e-5, 1e-4, 1e-3)  # of the weights
-STEPS, BATCH, PRETRAINING_STEPS, TUNING_SEEDS, SEEDS = 350, 50, 300, 2, 8
+STEPS, BATCH, PRETRAINING_STEPS, TUNING_SEEDS, SEEDS = 500, 50, 300, 2, 8
 LAYERS = ("0", "3", "6")
 BASE, OPTIONS, UNIFORM = 8, (2, 4), (3, 4, 5)
 
