@@ -107,7 +107,7 @@ def problem(seed, signed=False):
     return layer, x, layer(x).detach(), draw
 
 
-@pytest.mark.parametrize(("seed", "signed", "factor"), [(0, False, 2.0), (5, False, 2.0), (0, True, 1.4)])
+@pytest.mark.parametrize(("seed", "signed", "factor"), [(5, False, 2.0), (0, True, 1.4)])
 def test_tuning_lowers_the_error_of_a_layer(seed, signed, factor):
     layer, x, y, draw = problem(seed, signed)
     before = copy.deepcopy(layer.state_dict())
