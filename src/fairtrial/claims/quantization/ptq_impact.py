@@ -157,7 +157,7 @@ def _slopes(found: Mapping[tuple[str, str], Sensitivity]) -> list[Measurement]:
 @torch.no_grad()
 def rounded(name: str, fmt: str) -> nn.Module:
     """A copy of a model with the weights that a format leaves, as numbers of float32."""
-    model = copy.deepcopy(loaded(name).model)
+    model: nn.Module = copy.deepcopy(loaded(name).model)
     for layer_name, layer in model.named_modules():
         if isinstance(layer, nn.Linear) and layer_name != "lm_head":
             layer.weight.copy_(levels_of(layer.weight, fmt))
