@@ -234,7 +234,7 @@ def test_doctor_names_the_extra_that_is_missing(run, monkeypatch):
         (["papers", "--status", "good"], "status"),
         (["check"], "--family"),
         (["check", "nosuchpaper"], "nosuchpaper"),
-        (["check", "quest"], "cannot be measured yet"),
+        (["check", "aft"], "cannot be measured yet"),
         (["calibrate", "digit"], "digits"),
         (["calibrate", "--runs", "10"], "runs must be a whole number of at least 400, got 10"),
         (["calibrate", "--comparisons", "1"], "comparisons must be"),

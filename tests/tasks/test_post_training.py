@@ -90,6 +90,11 @@ def test_what_follows_the_end_of_a_text_is_not_judged(smollm2: Loaded) -> None:
     assert ending(0) == ending(5)
 
 
+def test_training_with_few_bits_has_a_baseline() -> None:
+    each = replace(load("small-lm-qat"), total_steps=40)
+    assert each.run({"layer": Choice("StraightThrough", {"weight_bits": 8, "act_bits": 8})}, 0).value < 7
+
+
 @pytest.mark.parametrize("name", ["small-lm-qat", "digits-vit"])
 def test_a_task_to_train_in_learns(name: str) -> None:
     each = replace(load(name), total_steps=40)

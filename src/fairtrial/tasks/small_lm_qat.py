@@ -3,11 +3,16 @@
 from dataclasses import replace
 
 from fairtrial.contract import Choice
-from fairtrial.tasks import text
+from fairtrial.methods.quantization.fake_quantization import output_layer, straight_through_linear
+from fairtrial.methods.registry import Method
+from fairtrial.tasks import standard, text
 from fairtrial.tasks.samples import Samples
-from fairtrial.tasks.slots import layer_slot, optimizer_slot, schedule_slot
+from fairtrial.tasks.slots import Options, layer_slot, optimizer_slot, schedule_slot
 
 STEPS = 400
+STRAIGHT_THROUGH = Method(
+    "StraightThrough", "layer", straight_through_linear, bind=lambda setting: {"skip": output_layer(setting.model)}
+)
 
 
 def samples() -> Samples:
@@ -23,7 +28,7 @@ small_lm_qat = replace(
     slots={
         slot.name: slot
         for slot in (
-            layer_slot(),
+            replace(layer_slot(), options=Options((*standard.LAYERS, STRAIGHT_THROUGH), "layer")),
             optimizer_slot(Choice("AdamW", {"lr": 5e-3})),
             schedule_slot(Choice("OneCycleLR", {"pct_start": 0.2})),
         )

@@ -22,7 +22,7 @@ from fairtrial.claims.measure import Measure, measured
 from fairtrial.claims.paired import above_zero, gaps
 from fairtrial.claims.training import fit
 from fairtrial.contract import Diverged
-from fairtrial.methods.quantization.fake_quantization import replace_linear_layers, straight_through
+from fairtrial.methods.quantization.fake_quantization import replace_linear_layers, round_by_largest, straight_through
 from fairtrial.methods.quantization.ofq import LSQActivation
 from fairtrial.methods.quantization.quest import gaussian_scale, quest_linear, quest_quantize
 from fairtrial.tasks import text
@@ -141,10 +141,7 @@ def quantise(x: Tensor, bits: int, arm: str) -> Tensor:
     if arm == UNROTATED:
         return quest_quantize(x, bits, hadamard=None)
     if arm == MINMAX:
-        scale = x.detach().abs().amax(-1, keepdim=True) + 1e-8
-        step = 2 * scale / (2**bits - 1)
-        places = (x.detach() / step + 0.5).round().clamp(1 - 2 ** (bits - 1), 2 ** (bits - 1))
-        return straight_through((places - 0.5) * step, x)
+        return round_by_largest(x, bits)
     rounded = quest_quantize(x, bits, math.inf, hadamard=None)
     if arm == GAUSSIAN:
         return rounded

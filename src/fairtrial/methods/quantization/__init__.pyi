@@ -12,6 +12,8 @@ from .decoupleq import DecoupleQ as DecoupleQ
 from .decoupleq import decoupleq_quantize_linear as decoupleq_quantize_linear
 from .decoupleq import fit_scale_zero as fit_scale_zero
 from .decoupleq import minimize_block as minimize_block
+from .fake_quantization import StraightThroughLinear as StraightThroughLinear
+from .fake_quantization import straight_through_linear as straight_through_linear
 from .gaqat import GAQAT as GAQAT
 from .gaqat import GradientDisorder as GradientDisorder
 from .gaqat import LSQLayer as LSQLayer

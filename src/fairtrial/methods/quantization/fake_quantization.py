@@ -6,7 +6,9 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn import functional as F
 
+from fairtrial.methods.arguments import require
 from fairtrial.methods.quantization.quantize import skipped
 
 
@@ -33,6 +35,54 @@ def straight_through(value: Float[Tensor, "*s"], path: Float[Tensor, "*s"]) -> F
 def round_through(x: Float[Tensor, "*s"]) -> Float[Tensor, "*s"]:
     """x rounded to whole numbers, with the gradient of x."""
     return straight_through(x.detach().round(), x)
+
+
+def round_by_largest(x: Float[Tensor, "*b i"], bits: int) -> Float[Tensor, "*b i"]:
+    """Rows rounded to 2^bits even levels from -m to m, their largest magnitude, with the gradient of x."""
+    step = 2 * (x.detach().abs().amax(-1, keepdim=True) + 1e-8) / (2**bits - 1)
+    places = (x.detach() / step + 0.5).round().clamp(1 - 2 ** (bits - 1), 2 ** (bits - 1))
+    return straight_through((places - 0.5) * step, x)
+
+
+class StraightThroughLinear(nn.Linear):
+    """A linear layer whose weights and inputs are rounded row by row: the plainest training with few bits.
+
+    Args:
+        layer: whose Parameters it takes.
+        weight_bits, act_bits: from 1 to 8.
+    """
+
+    def __init__(self, layer: nn.Linear, weight_bits: int, act_bits: int) -> None:
+        super().__init__(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
+        self.weight, self.bias = layer.weight, layer.bias
+        self.weight_bits, self.act_bits = weight_bits, act_bits
+
+    def forward(self, x: Float[Tensor, "*b i"]) -> Float[Tensor, "*b o"]:
+        return F.linear(round_by_largest(x, self.act_bits), round_by_largest(self.weight, self.weight_bits), self.bias)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, weight_bits={self.weight_bits}, act_bits={self.act_bits}"
+
+
+def straight_through_linear(
+    model: nn.Module, weight_bits: int = 4, act_bits: int = 4, *, skip: Sequence[str] = ("lm_head",)
+) -> nn.Module:
+    """Replace the linear layers of a model by `StraightThroughLinear`s with the same Parameters.
+
+    Args:
+        model: changed in place.
+        weight_bits, act_bits: from 1 to 8.
+        skip: names of layers that stay as they are, whole or their last part.
+
+    Returns:
+        The model, or the new layer if the model is itself a linear one.
+
+    Raises:
+        ValueError: there is nothing to replace, or an argument lies outside its range.
+    """
+    require(1 <= weight_bits <= 8, "weight_bits", weight_bits, "from 1 to 8")
+    require(1 <= act_bits <= 8, "act_bits", act_bits, "from 1 to 8")
+    return replace_linear_layers(model, lambda layer: StraightThroughLinear(layer, weight_bits, act_bits), skip=skip)
 
 
 def replace_linear_layers(

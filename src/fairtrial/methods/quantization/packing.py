@@ -6,6 +6,7 @@ codes; else 8 codes lie in as many bytes as they have bits.
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int, UInt8
@@ -242,10 +243,11 @@ def _all_codes_on_cpu(layer: PackedLinear) -> bool:
     return layer.kept is None and layer.packed.device.type == "cpu"
 
 
-def bits_held(layer: nn.Module) -> float:
+def bits_held(layer: Any) -> float:
     """Bits of a linear layer's buffers but the bias, for each weight."""
-    held = [buffer for name, buffer in layer.named_buffers() if name != "bias"]
-    return 8 * sum(b.numel() * b.element_size() for b in held) / (int(layer.out_features) * int(layer.in_features))
+    held: list[Tensor] = [buffer for name, buffer in layer.named_buffers() if name != "bias"]
+    weights: int = layer.out_features * layer.in_features
+    return 8 * sum(b.numel() * b.element_size() for b in held) / weights
 
 
 def packed_layers(model: nn.Module) -> Iterator[tuple[str, PackedLinear]]:

@@ -401,7 +401,9 @@ def average_bits(model: nn.Module) -> float:
     layers: list[Any] = [layer for _, layer in quantised_layers(model)]
     require(bool(layers), "model", type(model).__name__, "a model with quantised layers")
     sizes = [layer.in_features * layer.out_features for layer in layers]
-    return sum(layer.bits_per_weight() * size for layer, size in zip(layers, sizes, strict=True)) / sum(sizes)
+    held: float = sum(layer.bits_per_weight() * size for layer, size in zip(layers, sizes, strict=True))
+    weights: int = sum(sizes)
+    return held / weights
 
 
 def tensor_bytes(model: nn.Module) -> int:
