@@ -15,15 +15,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from fairtrial.claims.smollm2 import smollm2
 from fairtrial.methods.decoding.sampling import sample
-from fairtrial.tasks import models
-from fairtrial.tasks.models import Loaded
-
-
-@cache
-def smollm2() -> Loaded:
-    """The model, loaded once in a process."""
-    return models.load("smollm2")
 
 
 @cache

@@ -1,6 +1,5 @@
 """What claims on key-value caches are measured with: SmolLM2, Python's documentation, and plain rounding of a cache."""
 
-from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from pydoc_data.topics import topics
 from typing import Any, Literal
@@ -11,18 +10,13 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import DynamicCache
 
+from fairtrial.claims.smollm2 import smollm2
 from fairtrial.methods.kvcache.rotary import Rotary
 from fairtrial.methods.kvcache.rotatekv import apart, quantize_per_token, together
-from fairtrial.tasks import models
+from fairtrial.tasks.trained import prepared
 
 Part = Literal["test", "validation", "training"]
 SHARES = {"test": (0.0, 0.6), "validation": (0.6, 0.7), "training": (0.7, 1.0)}  # of the text
-
-
-@cache
-def smollm2() -> models.Loaded:
-    """The model, once for each process."""
-    return models.load("smollm2")
 
 
 @cache
@@ -41,17 +35,9 @@ def part_of(split: str) -> Part:
     return "test" if split == "test" else "validation"
 
 
-def attached(kv_cache: Any) -> AbstractContextManager[Any]:
-    """A cache attached to the model, if it needs that."""
-    if hasattr(kv_cache, "attached_to"):
-        context: AbstractContextManager[Any] = kv_cache.attached_to(smollm2().model)
-        return context
-    return nullcontext()
-
-
 @torch.no_grad()
 def logits_of(ids: Int[Tensor, "b t"], kv_cache: Any) -> Float[Tensor, "b t v"]:
-    with attached(kv_cache):
+    with prepared(kv_cache, smollm2().model):
         found: Tensor = smollm2().model(ids, past_key_values=kv_cache).logits
         return found
 

@@ -20,10 +20,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fairtrial.catalog import Finding, Verdict
-from fairtrial.claims.generation import openings, smollm2
+from fairtrial.claims.generation import openings
 from fairtrial.claims.measure import Measure, measured, single
 from fairtrial.claims.paired import above_zero, gaps, surely_below
 from fairtrial.claims.python_questions import QUESTIONS, Question
+from fairtrial.claims.smollm2 import smollm2
 from fairtrial.methods.decoding.grains import (
     ablate_tokens,
     decoder_layers,

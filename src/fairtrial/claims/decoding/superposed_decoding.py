@@ -17,9 +17,10 @@ from torch import Tensor
 from transformers import TopKLogitsWarper, TopPLogitsWarper
 
 from fairtrial.catalog import Finding, Verdict
-from fairtrial.claims.generation import openings, paragraphs, smollm2
+from fairtrial.claims.generation import openings, paragraphs
 from fairtrial.claims.measure import Measure, measured, single
 from fairtrial.claims.paired import above_zero, gaps, surely_above, surely_below
+from fairtrial.claims.smollm2 import smollm2
 from fairtrial.methods.decoding.sampling import sample
 from fairtrial.methods.decoding.superposed_decoding import NGramInterpolator, superposed_generate
 

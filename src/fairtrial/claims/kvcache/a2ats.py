@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from fairtrial.catalog import Finding, Verdict
-from fairtrial.claims.kv_caches import logits_of, losses, passages, smollm2
+from fairtrial.claims.kv_caches import logits_of, losses, passages
 from fairtrial.claims.measure import Measure, measured
 from fairtrial.claims.paired import above_zero, gaps
+from fairtrial.claims.smollm2 import smollm2
 from fairtrial.methods.kvcache.a2ats import Codebooks, VQKeyCache, select_tokens, train_codebooks
 from fairtrial.tasks.streams import Streams
 

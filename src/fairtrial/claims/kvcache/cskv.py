@@ -13,9 +13,10 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from fairtrial.catalog import Finding, Verdict
-from fairtrial.claims.kv_caches import RoundedCache, logits_of, losses, passages, smollm2
+from fairtrial.claims.kv_caches import RoundedCache, logits_of, losses, passages
 from fairtrial.claims.measure import Measure, measured
 from fairtrial.claims.paired import above_zero, gaps
+from fairtrial.claims.smollm2 import smollm2
 from fairtrial.methods.kvcache.cskv import CSKVCache, factorize_cskv, train_cskv
 
 DENSITIES = (0.5, 0.35, 0.2)

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from fairtrial.catalog import Finding, Verdict
 from fairtrial.claims.arms import Run, evaluate
-from fairtrial.claims.kv_caches import logits_of, losses, part_of, passages, smollm2
+from fairtrial.claims.kv_caches import logits_of, losses, part_of, passages
 from fairtrial.claims.measure import Measure, measured
 from fairtrial.claims.paired import above_zero, gaps, surely_below
+from fairtrial.claims.smollm2 import smollm2
 from fairtrial.methods.kvcache.prefixkv import PrefixKVCache, prefix_budgets, prefix_mask
 from fairtrial.tasks.streams import Streams
 

@@ -12,9 +12,10 @@ from transformers import DynamicCache
 
 from fairtrial.catalog import Finding, Verdict
 from fairtrial.claims.arms import Run, evaluate, tune
-from fairtrial.claims.kv_caches import RoundedCache, Way, logits_of, losses, part_of, passages, smollm2
+from fairtrial.claims.kv_caches import RoundedCache, Way, logits_of, losses, part_of, passages
 from fairtrial.claims.measure import Measure, measured
 from fairtrial.claims.paired import above_zero, gaps, relative_gaps, surely_above, surely_below
+from fairtrial.claims.smollm2 import smollm2
 from fairtrial.methods.kvcache.rotatekv import RotateKVCache, calibrate_channel_order
 
 TOKENS, SEEDS, TUNING_SEEDS = 768, 8, 1

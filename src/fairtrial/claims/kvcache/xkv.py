@@ -14,9 +14,10 @@ from transformers import DynamicCache
 
 from fairtrial.catalog import Finding, Verdict
 from fairtrial.claims.arms import Run, evaluate
-from fairtrial.claims.kv_caches import logits_of, losses, part_of, passages, smollm2
+from fairtrial.claims.kv_caches import logits_of, losses, part_of, passages
 from fairtrial.claims.measure import Measure, measured, single
 from fairtrial.claims.paired import above_zero, gaps, surely_above
+from fairtrial.claims.smollm2 import smollm2
 from fairtrial.methods.kvcache.held import shape_of
 from fairtrial.methods.kvcache.rotary import Rotary
 from fairtrial.methods.kvcache.xkv import XKVCache, group_layers, side_by_side, subspace_overlap, xkv_bytes
