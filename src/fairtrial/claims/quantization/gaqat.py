@@ -96,7 +96,7 @@ def check(measure: Measure) -> list[Finding]:
     found = evaluate(measure, result_of, chosen, seeds=SEEDS)
     settings = ", ".join(f"{arm} at {bits} bits {s.lr:g} and {s.other:g}" for (arm, bits), s in chosen.items())
     note = (
-        f"Learning rate and radius or threshold, by {TUNING_SEEDS} seeds: {settings}. An earlier recording was tuned by "
+        f"Learning rate and radius or threshold, by {TUNING_SEEDS} seeds: {settings}. An earlier check tuned by "
         "one seed: training with SAGM collapsed at 4 bits on some others, and no claim was reproduced there either."
     )
     return [_held_out_domain(found, note), _gradient_conflict(found), _freeze_task(found, note)]
