@@ -76,7 +76,7 @@ CACHES = Guide(
     ("DynamicCache", "full cache"),
     {
         "step time": re.compile(r"\btime\b|\bseconds\b|\bFLOPs\b"),
-        "memory": re.compile(r"\bbytes\b|\bmemory\b|\bsize of the cache\b|\bshare kept\b|\bbudget\b"),
+        "memory": re.compile(r"\b(bytes|bits of a number|memory|size of the cache|share kept|budget)\b"),
         "quality": re.compile(r"\b(perplexity|nats|NLL|error|recall|mass|accuracy|loss|found|cosine)\b"),
     },
 )

@@ -14,10 +14,11 @@ from transformers import DynamicCache
 
 from fairtrial.catalog import Finding, Verdict
 from fairtrial.claims.kv_caches import RoundedCache, logits_of, losses, passages
-from fairtrial.claims.measure import Measure, measured
+from fairtrial.claims.measure import Measure, measured, single
 from fairtrial.claims.paired import above_zero, gaps
 from fairtrial.claims.smollm2 import smollm2
 from fairtrial.methods.kvcache.cskv import CSKVCache, factorize_cskv, train_cskv
+from fairtrial.methods.kvcache.held import shape_of
 
 DENSITIES = (0.5, 0.35, 0.2)
 PROMPT, DECODED, SEEDS = 256, 64, 8
@@ -41,15 +42,15 @@ def check(measure: Measure) -> list[Finding]:
         for density in DENSITIES
     ]
     settings += [Setting(PLAIN, 1.0, 0), Setting(ROUNDED, 1.0, 0)]
-    found = {
-        (setting.arm, setting.density, setting.window): values
-        for setting, values in zip(settings, measure.map(decoded, settings), strict=True)
-    }
-    return [_training(found), _window(found), _start(found)]
+    keys = [(setting.arm, setting.density, setting.window) for setting in settings]
+    results = dict(zip(keys, measure.map(decoded, settings), strict=True))
+    found = {key: result.losses for key, result in results.items()}
+    return [_training(found, {key: result.part for key, result in results.items()}), _window(found), _start(found)]
 
 
 State = dict[str, Tensor]
-Found = dict[tuple[str, float, int], list[float]]  # losses of the passages, by arm, density and window
+Key = tuple[str, float, int]  # arm, density and window
+Found = dict[Key, list[float]]  # losses of the passages
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,15 @@ def cache_of(setting: Setting) -> Any:
     return CSKVCache(factors, setting.window)
 
 
-def decoded(setting: Setting) -> list[float]:
+@dataclass(frozen=True)
+class Decoded:
+    """Losses of the passages, and what the cache of their prompts holds, as a part of the plain one's bytes."""
+
+    losses: list[float]
+    part: float
+
+
+def decoded(setting: Setting) -> Decoded:
     """The mean loss of each test passage's tokens after the prompt, decoded with the cache.
 
     A prompt ends with a full window, and tokens are exact until theirs is full. So a window's tokens, read at once, see
@@ -93,11 +102,15 @@ def decoded(setting: Setting) -> list[float]:
     ids = passages("test", PROMPT + DECODED + 1)[:SEEDS]
     cache = cache_of(setting)
     logits_of(ids[:, :PROMPT], cache)
+    layers, heads, width = shape_of(smollm2().model.config)
+    plain = 2 * SEEDS * PROMPT * layers * heads * width * 4
+    part = cache.nbytes / plain if isinstance(cache, CSKVCache) else 1.0
     parts = torch.split(ids[:, PROMPT:-1], setting.window or DECODED, 1)
-    return losses(torch.cat([logits_of(part, cache) for part in parts], 1), ids[:, PROMPT + 1 :])
+    logits = torch.cat([logits_of(tokens, cache) for tokens in parts], 1)
+    return Decoded(losses(logits, ids[:, PROMPT + 1 :]), part)
 
 
-def _perplexities(found: Found, names: dict[tuple[str, float, int], str], **papers: str) -> list[Any]:
+def _perplexities(found: Found, names: dict[Key, str], **papers: str) -> list[Any]:
     return [
         measured(
             f"perplexity, {name}", [math.exp(loss) for loss in found[key]], "perplexity", paper=papers.get(key[0], "")
@@ -106,7 +119,7 @@ def _perplexities(found: Found, names: dict[tuple[str, float, int], str], **pape
     ]
 
 
-def _named(arms: tuple[str, ...], windows: tuple[int, ...]) -> dict[tuple[str, float, int], str]:
+def _named(arms: tuple[str, ...], windows: tuple[int, ...]) -> dict[Key, str]:
     words = {ALONE: "no window", WINDOW: f"window of {WINDOW}"}
     return {
         (arm, density, window): f"{arm}, density {density:g}, {words[window]}"
@@ -116,7 +129,8 @@ def _named(arms: tuple[str, ...], windows: tuple[int, ...]) -> dict[tuple[str, f
     }
 
 
-def _training(found: Found) -> Finding:
+def _training(found: Found, parts: dict[Key, float]) -> Finding:
+    shown = {(PLAIN, 1.0, 0): PLAIN, **_named(ARMS, (WINDOW,))}
     lower = {
         (density, start): gaps(found[start, density, WINDOW], found[TRAINED, density, WINDOW])
         for density in DENSITIES[1:]
@@ -139,9 +153,10 @@ def _training(found: Found) -> Finding:
             ),
             *_perplexities(
                 found,
-                {(PLAIN, 1.0, 0): PLAIN, (ROUNDED, 1.0, 0): ROUNDED, **_named(ARMS, (WINDOW,))},
+                {(ROUNDED, 1.0, 0): ROUNDED, **shown},
                 trained="little loss at a density of 0.2, LongChat-7B",
             ),
+            *(single(f"bytes, {name}", parts[key], "part of the plain cache's") for key, name in shown.items()),
         ),
         note=f"Keys and values of the same density. {STEPS} steps on {TRAINING} sequences of {TRAINING_TOKENS} tokens, "
         f"rate {RATE:g}; {DECODED} tokens after a prompt of {PROMPT}, of {SEEDS} passages, which are the seeds.",

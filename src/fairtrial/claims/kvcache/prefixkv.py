@@ -54,11 +54,13 @@ class Shortened:
     Attributes:
         whole: loss of the tokens that follow with the whole cache, in nats per token.
         loss: by rule and share kept.
+        part: of the whole cache's bytes, likewise.
         retained: the least share of attention that a layer retains, likewise.
     """
 
     whole: float
     loss: dict[tuple[str, float], float]
+    part: dict[tuple[str, float], float]
     retained: dict[tuple[str, float], float]
 
 
@@ -109,16 +111,17 @@ def shortened(run: Run[Setting]) -> Shortened:
     ids = passages(part_of(run.split), PROMPT + CONTINUED + 1)[run.seed : run.seed + 1]
     cache = read(ids[:, :PROMPT])
     importance = cache.importance
-    loss, retained = {}, {}
+    loss, part, retained = {}, {}, {}
     for share, ahead in zip(KEPT, run.setting.shares, strict=True):
         for rule in (EQUAL, SEARCHED, AHEAD, WINDOW, RANDOM):
             kept = kept_tokens(rule, share, importance, ahead, run.seed)
             short = copy.deepcopy(cache)
             for layer, tokens in zip(short.layers, kept, strict=True):
                 layer.keep(tokens[None])
+            part[rule, share] = short.nbytes / cache.nbytes
             loss[rule, share] = _continued(short, ids)
             retained[rule, share] = float(((importance * kept).sum(-1) / importance.sum(-1)).min())
-    return Shortened(_continued(cache, ids), loss, retained)
+    return Shortened(_continued(cache, ids), loss, part, retained)
 
 
 def _continued(cache: PrefixKVCache, ids: Int[Tensor, "1 t"]) -> float:
@@ -150,6 +153,15 @@ def _budgets(found: list[Shortened]) -> Finding:
                     f"loss above the whole cache's, {rule}, {share:.0%}",
                     gaps(_of(found, rule, share), whole),
                     "nats per token",
+                )
+                for share in KEPT
+                for rule in (EQUAL, SEARCHED)
+            ),
+            *(
+                measured(
+                    f"bytes, {rule}, {share:.0%}",
+                    [each.part[rule, share] for each in found],
+                    "part of the whole cache's",
                 )
                 for share in KEPT
                 for rule in (EQUAL, SEARCHED)
