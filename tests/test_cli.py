@@ -235,6 +235,7 @@ def test_doctor_names_the_extra_that_is_missing(run, monkeypatch):
         (["check"], "--family"),
         (["check", "nosuchpaper"], "nosuchpaper"),
         (["check", "aft"], "cannot be measured yet"),
+        (["models", "smollm2", "nosuch"], "no model 'nosuch'; there is: smollm2"),
         (["calibrate", "digit"], "digits"),
         (["calibrate", "--runs", "10"], "runs must be a whole number of at least 400, got 10"),
         (["calibrate", "--comparisons", "1"], "comparisons must be"),

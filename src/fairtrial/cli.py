@@ -199,6 +199,9 @@ def models(
     """List the models that tasks start from, or get and make them; they are kept in the user's cache."""
     from fairtrial.tasks import models as known
 
+    for name in names or ():
+        if name not in known.SOURCES:
+            raise BadInput(f"no model {name!r}; there is: {', '.join(known.SOURCES)}")
     for name in known.SOURCES if everything else names or ():
         with redirect_stdout(sys.stderr), _status(name) as report:
             known.make(name, report)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import T5Config, T5ForConditionalGeneration
 
 from fairtrial.methods.decoding import (
     SteeringHook,
@@ -225,3 +226,38 @@ def test_misuse_is_refused_with_the_argument_named(padded, monkeypatch):
 def test_a_tokenizer_needs_something_to_put_in_place_of_a_token(small_gpt):
     with pytest.raises(ValueError, match="tokenizer must be one that has a pad_token"):
         fit_steering_vectors(*small_gpt, TRIPLES, k=2)
+
+
+def test_half_precision_is_enough():
+    changes = torch.randn(6, 5, generator=torch.Generator().manual_seed(0))
+    for dtype in (torch.float16, torch.bfloat16):
+        component = steering_vector(changes.to(dtype))
+        assert component.dtype == dtype
+        torch.testing.assert_close(component.float(), steering_vector(changes), atol=0.03, rtol=0)
+    zeros = steer(torch.zeros(2, 4, dtype=torch.float16), torch.zeros(4, dtype=torch.float16), 1.0)
+    assert zeros.tolist() == torch.zeros(2, 4).tolist()
+    assert steer(torch.full((1, 4), 6e4).half(), torch.zeros(4).half(), 1.0).isfinite().all()
+
+
+def test_a_hook_that_is_on_is_not_put_on_again(padded):
+    model, _ = padded
+    before = hooks(model)
+    with SteeringHook(model, {1: torch.ones(128)}, 1.0) as hook:
+        with pytest.raises(RuntimeError, match="being added already"):
+            hook.__enter__()
+        assert hooks(model) == before + 1
+    assert hooks(model) == before
+
+
+def test_unsuitable_vectors_and_models_are_refused(padded):
+    model, _ = padded
+    for vector in (torch.ones(7), torch.ones(1)):
+        with pytest.raises(ValueError, match=r"vectors\[1\] must be of shape \(128,\)"):
+            SteeringHook(model, {1: vector}, 1.0)
+    with pytest.raises(ValueError, match=r"vectors\[0\] must be finite"):
+        SteeringHook(model, {0: torch.full((128,), math.nan)}, 1.0)
+    with pytest.raises(ValueError, match="changes must be different from each other for 'pca'"):
+        steering_vector(torch.tensor([[0.0, 3, 4]] * 3))
+    tiny = {"d_model": 8, "d_kv": 4, "d_ff": 8, "num_heads": 2, "num_layers": 2, "vocab_size": 10}
+    with pytest.raises(ValueError, match="model must be a decoder alone"):
+        decoder_layers(T5ForConditionalGeneration(T5Config(**tiny)))

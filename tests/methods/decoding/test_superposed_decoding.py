@@ -296,3 +296,25 @@ def test_unsuitable_models_and_texts_are_refused():
         NGramInterpolator().fit(torch.tensor([1, -2, 3]))
     with pytest.raises(ValueError, match="called after fit"):
         NGramInterpolator().prob(torch.tensor([1]), torch.tensor([2]))
+
+
+def test_texts_may_be_shorter_than_the_longest_context():
+    model = NGramInterpolator().fit(torch.tensor([1, 2, 3]))
+    context, token = torch.tensor([-1, -1, -1, 1, 2]), torch.tensor([3])
+    assert model.prob(context, token).item() == pytest.approx(0.01 + 0.04)
+
+
+@pytest.mark.parametrize("damage", [lambda held: held[: len(held) // 2], lambda held: b"text" * 100])
+def test_damaged_files_are_refused(tmp_path, damage):
+    path = tmp_path / "ngrams"
+    NGramInterpolator().fit(torch.arange(20)).save(path)
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(ValueError, match="is damaged, or no file of n-grams"):
+        NGramInterpolator.load(path)
+    with pytest.raises(FileNotFoundError):
+        NGramInterpolator.load(tmp_path / "missing")
+
+
+def test_a_model_that_gives_no_numbers_is_refused():
+    with pytest.raises(ValueError, match="scores that are not numbers"):
+        superposed_generate(Scripted({0: math.nan}), torch.tensor([[1, 2]]), max_new_tokens=2)

@@ -182,3 +182,10 @@ def test_misuse_is_refused_with_the_argument_named(arguments, monkeypatch):
         top_h_mask(P, 0.0)
     with pytest.raises(ValueError, match="probs must be of 1 to 16 tokens"):
         ecmm_bruteforce(torch.full((20,), 0.05), 0.4)
+
+
+def test_of_equally_likely_tokens_no_more_are_kept_than_asked_for():
+    for logits in (torch.tensor([[3.0, 2, 2, 2, 1]]), torch.zeros(1, 9)):
+        for alpha in (0.99, 1.0):
+            kept = TopHLogitsProcessor(alpha, top_n=2)(NOTHING, logits).isfinite()
+            assert 1 <= kept.sum() <= 2

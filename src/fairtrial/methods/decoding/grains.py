@@ -144,8 +144,9 @@ def decoder_layers(model: Any) -> nn.ModuleList:
     """The list of a model's transformer blocks.
 
     Raises:
-        ValueError: there is no list of as many modules as the configuration has layers.
+        ValueError: there is no list of as many modules as the configuration has layers, or there is an encoder too.
     """
+    require(not model.config.is_encoder_decoder, "model", type(model).__name__, "a decoder alone")
     depth = model.config.get_text_config().num_hidden_layers
     for module in model.modules():
         if isinstance(module, nn.ModuleList) and len(module) == depth:
@@ -184,14 +185,17 @@ def steering_vector(changes: Float[Tensor, "n d"], method: Literal["pca", "mean"
     """The mean of the changes, or the unit vector along which they vary most, on the side of the mean.
 
     Raises:
-        ValueError: `method` is neither, or nothing changes.
+        ValueError: `method` is neither, nothing changes, or all changes are the same and 'pca' finds no direction.
     """
     require(method in ("pca", "mean"), "method", method, "'pca' or 'mean'")
     require(bool(changes.any()), "changes", "zeros alone", "other than 0 somewhere")
     mean = changes.mean(0)
     if method == "mean":
         return mean
-    component: Tensor = torch.linalg.svd(changes - mean, full_matrices=False).Vh[0]
+    varying = changes - mean
+    require(bool(varying.any()), "changes", "the same in all rows", "different from each other for 'pca'")
+    wide = varying.to(torch.promote_types(varying.dtype, torch.float32))
+    component: Tensor = torch.linalg.svd(wide, full_matrices=False).Vh[0].to(varying.dtype)
     return component.neg() if component @ mean < 0 else component
 
 
@@ -254,8 +258,9 @@ def steer(
     steered = hidden + strength * vector
     if not preserve_norm:
         return steered
-    was, becomes = (torch.linalg.vector_norm(x, dim=-1, keepdim=True) for x in (hidden, steered))
-    return torch.mul(steered, was / (becomes + 1e-8))
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    was, becomes = (torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide) for x in (hidden, steered))
+    return torch.mul(steered, (was / (becomes + 1e-8)).to(steered.dtype))
 
 
 class SteeringHook:
@@ -269,7 +274,9 @@ class SteeringHook:
         preserve_norm: give each state the norm that it had.
 
     Raises:
-        ValueError: there is no such layer, or the strength is not finite.
+        ValueError: there is no such layer, a vector is not finite or not as wide as the model, or the strength is not
+            finite.
+        RuntimeError: it is entered a second time before it has been left.
     """
 
     def __init__(
@@ -277,11 +284,17 @@ class SteeringHook:
     ) -> None:
         self.layers, depth = decoder_layers(model), len(decoder_layers(model))
         require(all(0 <= layer < depth for layer in vectors), "vectors", sorted(vectors), f"of layers 0 to {depth - 1}")
+        width = model.config.get_text_config().hidden_size
+        for layer, vector in vectors.items():
+            require(vector.shape == (width,), f"vectors[{layer}]", tuple(vector.shape), f"of shape {(width,)}")
+            require(bool(vector.isfinite().all()), f"vectors[{layer}]", "numbers that are not finite", "finite")
         require(math.isfinite(strength), "strength", strength, "finite")
         self.vectors, self.strength, self.preserve_norm = dict(vectors), strength, preserve_norm
         self._handles: list[Any] = []
 
     def __enter__(self) -> "SteeringHook":
+        if self._handles:
+            raise RuntimeError("the vectors are being added already")
         if self.strength:
             for layer, vector in self.vectors.items():
                 self._handles.append(self.layers[layer].register_forward_hook(partial(self._add, vector)))

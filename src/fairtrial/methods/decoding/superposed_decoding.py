@@ -27,6 +27,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, NamedTuple
 
 import torch
@@ -91,7 +92,7 @@ class NGramInterpolator:
         self.base, self.keys, self.counts, self.totals = int(tokens.max()) + 1, [], [], []
         number, size = tokens, self.base
         for length in range(1, max(self.orders) + 1):
-            following = F.pad(tokens[length:], (0, length), value=NOWHERE)
+            following = F.pad(tokens[length:], (0, min(length, len(tokens))), value=NOWHERE)
             there = (number >= 0) & (following >= 0)
             keys, inverse, counts = torch.unique(
                 number[there] * self.base + following[there], return_inverse=True, return_counts=True
@@ -149,9 +150,14 @@ class NGramInterpolator:
         """Open a saved model; its counts stay on disk until they are looked up.
 
         Raises:
-            ValueError: the file holds something else.
+            ValueError: the file holds something else, or is damaged.
         """
-        state = torch.load(path, mmap=True, weights_only=True)
+        try:
+            state = torch.load(path, mmap=True, weights_only=True)
+        except FileNotFoundError:
+            raise
+        except (OSError, RuntimeError, UnpicklingError) as error:
+            raise ValueError(f"{path} is damaged, or no file of n-grams: {str(error).splitlines()[0]}") from None
         found = state.get("format") if isinstance(state, dict) else None
         if found != FORMAT:
             raise ValueError(f"{path} must hold {FORMAT!r}, got {found!r}")
@@ -228,8 +234,8 @@ def superposed_generate(
     The defaults are the authors' for short completions.
 
     Raises:
-        ValueError: an argument is out of range, `alpha` is given without `ngram`, the model has an encoder, or prompts
-            are padded on the right.
+        ValueError: an argument is out of range, `alpha` is given without `ngram`, the model has an encoder or gives
+            scores that are not numbers, or prompts are padded on the right.
     """
     require(num_drafts >= 1, "num_drafts", num_drafts, "at least 1")
     require(max_new_tokens >= 1, "max_new_tokens", max_new_tokens, "at least 1")
@@ -261,6 +267,8 @@ def superposed_generate(
             embeddings = model.get_input_embeddings()(live.sequences[..., -1])
             weights = _weights(live.scores).to(embeddings.dtype)
             continuation.extend(inputs_embeds=(weights[:, None] @ embeddings))
+        if continuation.logits.isnan().any():
+            raise ValueError("the model gives scores that are not numbers")
         log_p, tokens = (continuation.logits / temperature).topk(n_candidates)
         log_p = log_p.log_softmax(-1)
         added = (1 - share) * log_p[:, None].expand(-1, k, -1)

@@ -123,7 +123,7 @@ def top_h_mask(
 def _mask(probs: Float[Tensor, "*b n"], alpha: float, criterion: str, top_n: int) -> Bool[Tensor, "*b n"]:
     """The kept ones among the `top_n` most likely tokens; the bound is of all."""
     if alpha == 1:  # not left to sums of rounded numbers
-        return probs >= probs.topk(top_n).values[..., -1:]
+        return torch.zeros_like(probs, dtype=torch.bool).scatter_(-1, probs.topk(top_n).indices, True)
     bound = -alpha * torch.special.xlogy(probs, probs).sum(-1, keepdim=True)
     for looked_at in (min(FIRST_LOOK, top_n), top_n):
         likely, tokens = probs.topk(looked_at)
