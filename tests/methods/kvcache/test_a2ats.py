@@ -1,3 +1,4 @@
+import copy
 import io
 import math
 
@@ -279,6 +280,36 @@ def test_saved_with_its_codebooks(small_gpt, books, text):
     assert torch.equal(read(model, other, following), read(model, cache, following))
     with pytest.raises(ValueError, match="state"):
         made(small_gpt, books, top_ratio=0.2).load_state_dict(cache.state_dict())
+
+
+@torch.no_grad()
+def test_codebooks_that_are_loaded_while_it_is_attached_are_used(small_gpt, books, text):
+    model, cache = small_gpt.model, made(small_gpt, books)
+    read(model, cache, text[:, :80])
+    state, following = cache.state_dict(), text[:, 80:90]
+    other = made(small_gpt, train_codebooks(model, [text[:, 50:250]], generator(1), n_codes=24, offset=128))
+    with other.attached_to(model):
+        other.load_state_dict(state)
+        found = model(following, past_key_values=other).logits
+    assert torch.equal(found, read(model, cache, following))
+    with pytest.raises(ValueError, match="codebooks"):
+        other.load_state_dict({name: part for name, part in state.items() if name != "codebooks"})
+    assert other.get_seq_length() == 90
+
+
+@torch.no_grad()
+def test_a_copy_is_not_attached(small_gpt, books, text):
+    model, cache, following = small_gpt.model, made(small_gpt, books), text[:, 80:81]
+    with cache.attached_to(model):
+        model(text[:, :80], past_key_values=cache)
+        copied = copy.deepcopy(cache)
+        with pytest.raises(RuntimeError, match="attached_to"):
+            model(following, past_key_values=copied)
+        with pytest.raises(RuntimeError, match="already"), cache.attached_to(model):
+            pass
+        found = model(following, past_key_values=cache).logits
+    assert copied.nbytes < cache.nbytes
+    assert torch.equal(read(model, copied, following), found)
 
 
 def test_bytes_count_codes_and_codebooks(small_gpt, books, text):

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from torch import nn
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from fairtrial.methods.kvcache import (
     CSKVCache,
@@ -239,6 +239,55 @@ def test_projections_with_a_bias():
         torch.testing.assert_close(read(model, cache, IDS[:, :40]), model(IDS[:, :40]).logits, rtol=0, atol=1e-4)
 
 
+def untrained(kind, layers=2, **options):
+    config = AutoConfig.for_model(
+        kind, num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=2, hidden_size=32,
+        intermediate_size=32, vocab_size=128, pad_token_id=0, **options,
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return AutoModelForCausalLM.from_config(config).eval()
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "phi", "stablelm", "olmo"])
+def test_models_that_cache_what_k_proj_gives_are_unchanged_at_full_rank(kind):
+    model = untrained(kind)
+    with torch.no_grad():
+        found = read(model, CSKVCache(factorize_cskv(model, 1.0, 1.0), 8), IDS[:, :30])
+        torch.testing.assert_close(found, model(IDS[:, :30]).logits, rtol=0, atol=1e-4)
+    factorize_cskv(model.bfloat16(), 1.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("qwen3", {"head_dim": 8}),
+        ("olmo2", {}),
+        ("phi", {"qk_layernorm": True}),
+        ("stablelm", {"qk_layernorm": True}),
+        ("cohere", {}),
+        ("glm", {"head_dim": 8}),
+    ],
+)
+def test_models_that_cache_other_keys_are_refused(kind, options):
+    with pytest.raises(ValueError, match="k_proj gives"):
+        factorize_cskv(untrained(kind, **options))
+
+
+def test_models_that_clip_keys_are_refused_by_name():
+    with pytest.raises(ValueError, match="clip_qkv = 100"):
+        factorize_cskv(untrained("olmo", clip_qkv=100.0))
+
+
+def test_factors_of_another_model_are_not_trained(small_gpt):
+    for layers in (2, 4):
+        factors = factorize_cskv(untrained("llama", layers), 0.5, 0.5)
+        before = copy.deepcopy(factors.state_dict())
+        with pytest.raises(ValueError, match="factors"):
+            train_cskv(factors, small_gpt.model, [IDS])
+        assert all(torch.equal(tensor, before[name]) for name, tensor in factors.state_dict().items())
+
+
 def test_at_full_rank_smollm2_is_unchanged(smollm2):
     model, ids = smollm2.model, torch.randint(1000, 20000, (1, 20), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -276,7 +325,7 @@ def test_misuse_is_refused_with_the_argument_named(small_gpt, minilm):
         asvd_factorize(normal(6, 9), torch.full((9,), math.nan, dtype=F64), 2)
     with pytest.raises(ValueError):
         factorize_cskv(minilm.model)
-    for arguments in ({"lr": 0.0}, {"steps": 0}, {"window": 0}):
+    for arguments in ({"lr": 0.0}, {"lr": math.inf}, {"lr": math.nan}, {"steps": 0}, {"window": 0}):
         with pytest.raises(ValueError, match=next(iter(arguments))):
             train_cskv(factors, model, [IDS], **arguments)
     with pytest.raises(ValueError, match="batches"):

@@ -1,4 +1,5 @@
 import copy
+import io
 import math
 from itertools import pairwise
 
@@ -8,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from fairtrial.methods.kvcache import (
     BlockSizes,
@@ -25,10 +26,10 @@ from fairtrial.methods.kvcache import (
 SHAPE = {"vocab_size": 60, "hidden_size": 32, "intermediate_size": 48, "max_position_embeddings": 128}
 
 
-def model(layers, heads, kv_heads, seed=0, *, qwen=False):
-    kinds = (Qwen3Config, Qwen3ForCausalLM) if qwen else (LlamaConfig, LlamaForCausalLM)
+def model(layers, heads, kv_heads, seed=0, *, kind="llama"):
     counts = {"num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": kv_heads, "head_dim": 8}
-    made = kinds[1](kinds[0](**SHAPE, **counts, bos_token_id=1, eos_token_id=None, pad_token_id=0)).eval()
+    config = AutoConfig.for_model(kind, **SHAPE, **counts, bos_token_id=1, eos_token_id=None, pad_token_id=0)
+    made = AutoModelForCausalLM.from_config(config).eval()
     generator = torch.Generator().manual_seed(seed)
     for p in made.parameters():
         nn.init.normal_(p, mean=float(p.ndim == 1), std=0.2, generator=generator)
@@ -90,9 +91,9 @@ def test_a_pruned_copy_is_the_model_without_the_other_layers():
     assert pruned.generate(ids, max_new_tokens=2, do_sample=False).shape == (2, 14)
 
 
-@pytest.mark.parametrize("qwen", [False, True], ids=["llama", "normalised keys"])
-def test_the_base_as_its_own_auxiliary_changes_nothing(qwen):
-    base = model(3, 4, 2, qwen=qwen)
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "olmo2"])  # no norm of keys, one for each head, one for all
+def test_the_base_as_its_own_auxiliary_changes_nothing(kind):
+    base = model(3, 4, 2, kind=kind)
     made, ids = identity(base, copy.deepcopy(base)), tokens()
     with torch.no_grad():
         expected = base(ids).logits
@@ -240,6 +241,42 @@ def test_smollm2_read_by_itself(smollm2):
 def test_misuse_of_the_predictor_is_refused(name, arguments):
     with pytest.raises(ValueError, match=name):
         KVPredictor(*arguments)
+
+
+def test_weights_for_another_layer_map_are_refused():
+    made, same, other = (KVPredictor([8] * 2, [8] * 3, [2] * 3, layers) for layers in ([0, 0, 1], [0, 0, 1], [0, 1, 1]))
+    file = io.BytesIO()
+    torch.save(made.state_dict(), file)
+    file.seek(0)
+    state = torch.load(file, weights_only=True)
+    same.load_state_dict(state)
+    assert torch.equal(same.keys[0].weight, made.keys[0].weight)
+    before = copy.deepcopy(other.state_dict())
+    with pytest.raises(ValueError, match="layer map"):
+        other.load_state_dict(state)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in other.state_dict().items())
+
+
+XGLM = {"d_model": 32, "ffn_dim": 32, "num_layers": 2, "attention_heads": 4, "vocab_size": 60}
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("phi", {"qk_layernorm": True}),
+        ("glm", {}),
+        ("cohere", {}),
+        ("olmo", {"clip_qkv": 100.0}),
+        ("xglm", XGLM),
+    ],
+)
+def test_bases_whose_keys_are_made_otherwise_are_refused(kind, options):
+    shape = SHAPE | {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+    config = AutoConfig.for_model(kind, pad_token_id=0, **(options if kind == "xglm" else shape | options))
+    base, auxiliary = (AutoModelForCausalLM.from_config(config).eval() for _ in range(2))
+    with pytest.raises(ValueError, match="model must be"):
+        KVPredictionModel(base, auxiliary)
+    assert all(p.requires_grad for p in base.parameters())
 
 
 def test_misuse_of_the_model_is_refused(minilm):

@@ -1,3 +1,4 @@
+import copy
 import itertools
 import math
 
@@ -6,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
-from transformers import DynamicCache
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
 from fairtrial.methods.kvcache import PrefixKVCache, calibrate_prefix_ratios, prefix_budgets, select_prefix
 from fairtrial.methods.kvcache.prefixkv import attention_received, prefix_mask
@@ -246,6 +247,15 @@ def test_short_prompts_stay_whole(small_gpt, text):
     assert lengths(cache) == [15] * 4
 
 
+@pytest.mark.parametrize(("start", "prompt"), [(1, 1), (20, 40), (100, 30)])
+def test_the_first_tokens_stay_while_decoding_goes_on(small_gpt, text, start, prompt):
+    cache = PrefixKVCache(small_gpt.model.config, 0.5, start_size=start)
+    for part in (text[:, :prompt], *text[:, prompt : prompt + 30].split(1, 1)):
+        read(small_gpt.model, cache, part)
+    kept = list(range(min(start, prompt + 30)))
+    assert all(layer.positions[0, : len(kept)].tolist() == kept for layer in cache.layers)
+
+
 @torch.no_grad()
 def test_smollm2_at_ratio_one_and_shortened(smollm2):
     model = smollm2.model
@@ -280,6 +290,56 @@ def test_it_asks_to_be_attached_and_leaves_the_model_as_it_was(small_gpt, text):
     assert model.config._attn_implementation == before
     with pytest.raises(ValueError, match="model"), cache.attached_to(nn.Linear(1, 1)):
         pass
+
+
+@torch.no_grad()
+def test_attention_that_does_not_ask_the_cache_is_refused(small_gpt, text):
+    model, ids = small_gpt.model, text[:, :30]
+    other, (outer, inner) = copy.deepcopy(model), (PrefixKVCache(model.config) for _ in range(2))
+    with outer.attached_to(model):
+        with pytest.raises(RuntimeError, match="layer 0"):
+            other(ids, past_key_values=outer)
+        outer.reset()
+        with inner.attached_to(model), pytest.raises(RuntimeError, match="layer 0"):
+            model(ids, past_key_values=outer)
+        outer.reset()
+        found = model(ids, past_key_values=outer).logits
+    assert torch.equal(found, read(model, inner, ids))
+    assert lengths(outer) == lengths(inner)
+
+
+@torch.no_grad()
+def test_a_last_layer_that_does_not_ask_the_cache_is_refused_on_leaving():
+    config = LlamaConfig(
+        num_hidden_layers=1, num_attention_heads=2, hidden_size=16, intermediate_size=16, vocab_size=30
+    )
+    model, cache = LlamaForCausalLM(config), PrefixKVCache(config)
+    other = copy.deepcopy(model)
+    with pytest.raises(RuntimeError, match="layer 0"), cache.attached_to(model):
+        other(torch.arange(9)[None], past_key_values=cache)
+    cache.reset()
+    assert read(model, cache, torch.arange(9)[None]).isfinite().all()
+
+
+@torch.no_grad()
+def test_a_copy_is_not_attached(small_gpt, text):
+    model, cache, following = small_gpt.model, PrefixKVCache(small_gpt.model.config), text[:, 30:31]
+    with cache.attached_to(model):
+        model(text[:, :30], past_key_values=cache)
+        copied = copy.deepcopy(cache)
+        with pytest.raises(RuntimeError, match="attached_to"):
+            model(following, past_key_values=copied)
+    assert torch.equal(read(model, copied, following), read(model, cache, following))
+
+
+def test_encoders_are_refused(minilm):
+    ids = torch.arange(1, 10)[None]
+    t5 = T5ForConditionalGeneration(T5Config(d_model=16, d_kv=8, d_ff=16, num_layers=2, num_heads=2, vocab_size=30))
+    for model in (minilm.model, t5):
+        with pytest.raises(ValueError, match="encoder"), PrefixKVCache(model.config).attached_to(model):
+            pass
+        with pytest.raises(ValueError, match="encoder"):
+            calibrate_prefix_ratios(model, [ids], 0.5)
 
 
 @pytest.mark.parametrize(

@@ -264,6 +264,10 @@ class Codebooks:
         """Bytes of all codebooks and factors."""
         return sum(tensor.nbytes for tensor in (*self.codes, *self.factors))
 
+    def words(self) -> list[Float[Tensor, "k c d"]]:
+        """The `codewords` of each layer."""
+        return [codewords(*book) for book in zip(self.codes, self.factors, strict=True)]
+
 
 class _Seen(AttendingCache):
     """Notes keys and rotated queries of what a model reads, and holds nothing else."""
@@ -412,22 +416,27 @@ class VQKeyCache(AttendingCache):
 
     @contextmanager
     def attached_to(self, model: nn.Module) -> Iterator[None]:
-        self._rotation = Rotation(model)
-        self._words = [codewords(*book) for book in zip(self.codebooks.codes, self.codebooks.factors, strict=True)]
-        try:
-            with super().attached_to(model):
+        with super().attached_to(model):
+            try:
+                self._rotation, self._words = Rotation(model), self.codebooks.words()
                 yield
-        finally:
-            self._rotation = None
-            self._words.clear()
+            finally:
+                self._rotation, self._words = None, []
+
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {"_rotation": None, "_words": []}
 
     def state_dict(self) -> dict[str, Any]:
         books = {"codes": list(self.codebooks.codes), "factors": list(self.codebooks.factors)}
         return super().state_dict() | {"codebooks": books}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        require("codebooks" in state, "state", sorted(state), f"what a {type(self).__name__} has saved, with codebooks")
+        codebooks = Codebooks(**state["codebooks"], offset=self.codebooks.offset)
         super().load_state_dict(state)
-        self.codebooks = Codebooks(**state["codebooks"], offset=self.codebooks.offset)
+        self.codebooks = codebooks
+        if self._rotation is not None:
+            self._words = codebooks.words()
 
     def attend(
         self,

@@ -49,10 +49,14 @@ class AttendingCache(HeldCache):
         Calls of the model with another cache, or with none, go on as if nothing were attached.
 
         Raises:
-            ValueError: the model has another number of layers, or does not use transformers' attention interface.
-            RuntimeError: the cache is attached already.
+            ValueError: the model is or has an encoder, has another number of layers, or does not use transformers'
+                attention interface.
+            RuntimeError: the cache is attached already; or, on leaving, its last layer was not asked for attention.
         """
         config: Any = getattr(model, "config", None)
+        causal = [module.is_causal for module in model.modules() if hasattr(module, "is_causal")]
+        fits = not getattr(config, "is_encoder_decoder", False) and (any(causal) or not causal)
+        require(fits, "model", type(model).__name__, "a causal one without an encoder")
         layers = getattr(config, "num_hidden_layers", None)
         require(layers == len(self.layers), "model", f"one of {layers} layers", f"of {len(self.layers)} layers")
         if self._attached:
@@ -66,8 +70,9 @@ class AttendingCache(HeldCache):
             require(found == name, "model", type(model).__name__, "one that uses transformers' attention interface")
             self._attached = True
             yield
+            self._check_asked()
         finally:
-            self._attached = False
+            self._attached, self._updated = False, None
             model.set_attn_implementation(before)  # type: ignore[operator]
             del AttentionInterface._global_mapping[name], AttentionMaskInterface._global_mapping[name]
 
@@ -76,8 +81,27 @@ class AttendingCache(HeldCache):
     ) -> tuple[Tensor, Tensor]:
         if not self._attached:
             raise RuntimeError(f"{type(self).__name__} is used within `with cache.attached_to(model):`")
+        self._check_asked()
+        found = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         self._updated = layer_idx
-        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        return found
+
+    def reset(self) -> None:
+        super().reset()
+        self._updated = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy is not attached."""
+        return self.__dict__ | {"_attached": False, "_updated": None}
+
+    def _check_asked(self) -> None:
+        """Refuse to go on where a layer has called `update`, but not what follows."""
+        layer, self._updated = self._updated, None
+        if layer is not None:
+            raise RuntimeError(
+                f"the attention of layer {layer} has not asked this {type(self).__name__}: it is another model's, "
+                "or another cache has been attached to the model since"
+            )
 
     def _attend(
         self,

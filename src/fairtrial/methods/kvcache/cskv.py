@@ -23,6 +23,7 @@ and starts anew. Their code computes x Wᵀ and x Aᵀ in one product; here the 
 computed beside it. They refuse projections with a bias, which here is added to what the factors rebuild.
 """
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar
@@ -35,6 +36,7 @@ from torch.nn import functional as F
 from fairtrial.methods.arguments import require
 from fairtrial.methods.kvcache.held import HeldCache, HeldLayer, check_crop, joined, last_removed, shape_of
 from fairtrial.methods.kvcache.rotary import turned
+from fairtrial.methods.kvcache.rotated_keys import check_rotated_keys, rotary_embedding
 from fairtrial.methods.kvcache.watched import decoder_layers, watched
 from fairtrial.methods.quantization.packing import pack, unpack
 from fairtrial.methods.registry import LogUniform, method
@@ -129,7 +131,8 @@ def factorize_cskv(
     """Factors for the keys and values of a model of transformers, which stays as it is.
 
     Args:
-        model: with linear `k_proj` and `v_proj` in each attention, rotary embeddings and full attention.
+        model: with linear `k_proj` and `v_proj` in each attention, and full attention; what it caches of keys is the
+            output of `k_proj`, turned by rotary embeddings.
         k_density: the share of a head's channels that is left to keys, rounded to a whole number for each head.
         v_density: likewise for values.
         calibration: batches of token ids, by whose activations inputs are weighted; without any they count alike.
@@ -148,6 +151,7 @@ def factorize_cskv(
     require(
         len(attentions) == n_layers, "model", f"{len(attentions)} attentions", f"with one in {n_layers} layers each"
     )
+    check_rotated_keys(model, [attention.k_proj for attention in attentions])
     means = _mean_magnitudes(model, list(calibration))
     keys, values = (
         [CSKVProjection(getattr(a, name), rank, means.get(number)) for number, a in enumerate(attentions)]
@@ -229,11 +233,12 @@ def train_cskv(
         The loss of each step, summed over layers.
 
     Raises:
-        ValueError: an argument lies outside its range, or there is no batch.
+        ValueError: an argument lies outside its range, there is no batch, or the factors are of another model.
     """
-    require(lr > 0, "lr", lr, "above 0")
+    require(0 < lr < math.inf, "lr", lr, "finite and above 0")
     require(steps >= 1, "steps", steps, "at least 1")
     _check_window(window, k_bits, v_bits)
+    _check_factors(factors, model)
     inputs = list(attention_inputs(model, batches))
     require(bool(inputs), "batches", len(inputs), "at least one")
     short = k_bits is not None and min(x[0].shape[1] for x in inputs) < window
@@ -265,6 +270,15 @@ def train_cskv(
                 optimizer.step()
                 losses[step] += loss.item()
     return losses
+
+
+def _check_factors(factors: CSKVFactors, model: nn.Module) -> None:
+    attentions = _attentions(model)
+    for name, found in (("k_proj", factors.keys), ("v_proj", factors.values)):
+        shapes = [(factor.up.shape[0], factor.down.shape[1]) for factor in found]
+        wanted = [tuple(getattr(attention, name).weight.shape) for attention in attentions]
+        of_which, of_what = (f"of {len(each)} {name} with weights {sorted(set(each))}" for each in (shapes, wanted))
+        require(shapes == wanted, "factors", of_which, of_what)
 
 
 # Quantised features ------------------------------------------------------------------------------------------------
@@ -475,8 +489,7 @@ class CSKVCache(HeldCache):
         attentions = dict(enumerate(_attentions(model)))
         count = len(self.layers)
         require(len(attentions) == count, "model", f"{len(attentions)} layers", f"one of {count} layers")
-        embedding = next((m for name, m in model.named_modules() if name.endswith("rotary_emb")), None)
-        require(embedding is not None, "model", type(model).__name__, "one with rotary embeddings")
+        embedding = rotary_embedding(model)
 
         def see(number: int, hidden: Tensor, kwargs: Any) -> None:
             positions = kwargs.get("position_ids")

@@ -38,6 +38,7 @@ except ImportError as error:
     raise ImportError("key-value prediction needs an extra: pip install 'fairtrial[llm]'") from error
 
 from fairtrial.methods.kvcache.rotary import turned
+from fairtrial.methods.kvcache.rotated_keys import check_rotated_keys
 
 
 def default_layer_map(n_base: int, n_aux: int) -> list[int]:
@@ -125,6 +126,19 @@ class KVPredictor(nn.Module):
         k, v = predicted
         return k, v
 
+    def get_extra_state(self) -> Int[Tensor, " l"]:
+        """The layer map, which is saved with the weights."""
+        return torch.tensor(self.layer_map)
+
+    def set_extra_state(self, state: Int[Tensor, " l"]) -> None:
+        """Refuse weights for another layer map.
+
+        Raises:
+            ValueError: they are.
+        """
+        found = state.tolist()
+        require(found == self.layer_map, "state", f"for the layer map {found}", f"for the layer map {self.layer_map}")
+
 
 @contextmanager
 def _hooked(modules: Sequence[nn.Module], hook: Callable[[int, Tensor], Tensor | None]) -> Iterator[None]:
@@ -196,6 +210,7 @@ class KVPredictionModel(nn.Module):
 
     Args:
         base: a causal language model of transformers with rotary embeddings, as Llama is; its parameters are frozen.
+            Its keys may be normalised before they are turned by halves of each head, but not changed otherwise.
         auxiliary: a smaller one of the same vocabulary.
         predictor: from one to the other; by default new maps along `default_layer_map`.
         kv_weight: of the error of keys and values in the loss.
@@ -230,9 +245,11 @@ class KVPredictionModel(nn.Module):
         inside = max(predictor.layer_map) < len(aux_dims) and len(found) == len(base_dims)
         fits = inside and found == [(aux_dims[i], d) for i, d in zip(predictor.layer_map, base_dims, strict=True)]
         require(fits, "predictor", found, f"from {aux_dims} to {base_dims} channels")
-        self.base = base.requires_grad_(False)
-        self.auxiliary, self.predictor = auxiliary, predictor
+        self.base, self.auxiliary, self.predictor = base, auxiliary, predictor
         self.kv_weight, self.z_weight = kv_weight, z_weight
+        of_keys, _ = projections(base)
+        check_rotated_keys(base, of_keys, self._normed)
+        base.requires_grad_(False)
 
     def forward(
         self,
@@ -276,7 +293,13 @@ class KVPredictionModel(nn.Module):
     def _normed(self, layer: int, keys: Float[Tensor, "b t n"]) -> Float[Tensor, "b t n"]:
         """As the base normalises the keys of a layer, if it does."""
         norm = getattr(self.base.model.layers[layer].self_attn, "k_norm", None)
-        return keys if norm is None else norm(keys.unflatten(-1, (self.predictor.base_heads[layer], -1))).flatten(-2)
+        if norm is None:
+            return keys
+        per_head = keys.unflatten(-1, (self.predictor.base_heads[layer], -1))
+        weight = getattr(norm, "weight", None)
+        over_all = weight is not None and weight.shape[-1] != per_head.shape[-1]
+        found: Tensor = norm(keys) if over_all else norm(per_head).flatten(-2)
+        return found
 
     def predicted_cache(
         self, input_ids: Int[Tensor, "b t"], attention_mask: Int[Tensor, "b t"] | None = None

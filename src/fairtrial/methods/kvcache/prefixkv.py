@@ -232,11 +232,14 @@ class PrefixKVLayer(HeldLayer):
             x.gather(2, columns.expand(-1, x.shape[1], -1, x.shape[3])) for x in (self.keys, self.values)
         )
 
-    def shorten(self, kept: Bool[Tensor, "b t"], ratios: Tensor, padding: Tensor, distance: int) -> None:
+    def shorten(
+        self, kept: Bool[Tensor, "b t"], ratios: Tensor, padding: Tensor, distance: int, start_size: int
+    ) -> None:
         """Drop what is not kept of the prompt, and note what is to go on by."""
         lengths = kept.sum(-1)
         place = lengths + distance
-        self.ratios, self.padding, self.place = ratios, padding, torch.where(place >= 1, place, lengths // 2)
+        self.place = torch.where(place >= 1, place, lengths // 2).clamp_min(start_size)
+        self.ratios, self.padding = ratios, padding
         if self.ragged or not bool(kept.all()):
             self.keep(kept)
 
@@ -274,8 +277,8 @@ class PrefixKVCache(AttendingCache):
 
     To be used within `with cache.attached_to(model):`. The first tokens that it is handed are the prompt, over which
     attention is exact; tokens are dropped when the last layer has read it. A prompt of no more tokens than are always
-    kept stays whole, and all layers keep the same share of what follows. Sequences of a batch are each shortened by
-    themselves. It can be cropped as long as nothing has been dropped.
+    kept is not shortened then, and all layers keep the same share of what follows. Sequences of a batch are each
+    shortened by themselves. It can be cropped as long as nothing has been dropped.
 
     Args:
         config: of the model; all of its layers have full attention.
@@ -284,7 +287,7 @@ class PrefixKVCache(AttendingCache):
             take the place of `keep_ratio` and of the search.
         start_size: first tokens that are always kept, as is the last one.
         distance: where tokens are dropped while decoding goes on: this many, below 0, from the end of what was kept of
-            the prompt, or in the middle of it if it is shorter than that.
+            the prompt, or in the middle of it if it is shorter than that, and never among the first `start_size`.
 
     `start_size` and `distance` are the authors'.
 
@@ -371,7 +374,7 @@ class PrefixKVCache(AttendingCache):
         forget, ratios = (torch.stack(found, -1) for found in zip(*budgets, strict=True))
         kept = prefix_mask(importance, forget, self.start_size, padding=padding.expand(layers, batch))
         for layer, *found in zip(self.layers, kept, ratios, strict=True):
-            layer.shorten(*(x.clone() for x in found), padding.clone(), self.distance)
+            layer.shorten(*(x.clone() for x in found), padding.clone(), self.distance, self.start_size)
 
     def _budgets(self, importance: Float[Tensor, "l t"]) -> tuple[Int[Tensor, " l"], Float[Tensor, " l"]]:
         """How many tokens of a prompt each layer forgets, and what share it forgets of those that follow."""
@@ -399,7 +402,8 @@ def calibrate_prefix_ratios(
         start_size: as for the cache.
 
     Raises:
-        ValueError: there are no samples, one is too short, or `keep_ratio` is out of range.
+        ValueError: there are no samples, one is too short, `keep_ratio` is out of range, or the model is or has an
+            encoder.
     """
     found = []
     for sample in samples:
