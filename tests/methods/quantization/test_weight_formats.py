@@ -183,6 +183,7 @@ def test_layers_take_empty_batches_and_show_their_weights(fmt: str) -> None:
     assert layer(torch.zeros(0, 64)).shape == (0, 32)
     assert layer.weight.dtype == torch.float32
     assert torch.equal(layer.weight, layer.dequantize())
+    assert apply_ptq(nn.Sequential(copy.deepcopy(linear).half()), fmt)[0].weight.dtype == torch.float16
     assert (layer.weight - linear.weight).abs().max() < 0.03
     encoder = nn.TransformerEncoderLayer(64, 4, 64, dropout=0.0, batch_first=True).eval()
     apply_ptq(encoder, fmt, skip=("out_proj",))

@@ -265,8 +265,8 @@ class TableLinear(nn.Module):
 
     @property
     def weight(self) -> Float[Tensor, "o i"]:
-        """For modules that read the weights of their layers."""
-        return self.dequantize()
+        """For modules that read their layers' weights; in the dtype of the bias, without one in float32."""
+        return self.dequantize(torch.float32 if self.bias is None else self.bias.dtype)
 
     def forward(self, x: Float[Tensor, "*b i"]) -> Float[Tensor, "*b o"]:
         return F.linear(x, self.dequantize(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
@@ -352,8 +352,8 @@ class Int8Linear(nn.Module):
 
     @property
     def weight(self) -> Float[Tensor, "o i"]:
-        """For modules that read the weights of their layers."""
-        return self.dequantize()
+        """For modules that read their layers' weights; in the dtype of the bias, without one in float32."""
+        return self.dequantize(torch.float32 if self.bias is None else self.bias.dtype)
 
     def forward(self, x: Float[Tensor, "*b i"]) -> Float[Tensor, "*b o"]:
         value = int8_linear_mixed(x.detach(), Codes(self.codes, self.scale), self.threshold, self.bias)
@@ -389,8 +389,8 @@ class BFloat16Linear(nn.Module):
 
     @property
     def weight(self) -> Float[Tensor, "o i"]:
-        """For modules that read the weights of their layers."""
-        return self.dequantize()
+        """For modules that read their layers' weights; in the dtype of the bias, without one in float32."""
+        return self.dequantize(torch.float32 if self.bias is None else self.bias.dtype)
 
     def forward(self, x: Float[Tensor, "*b i"]) -> Float[Tensor, "*b o"]:
         return F.linear(x, self.dequantize(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
