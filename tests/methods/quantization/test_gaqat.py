@@ -3,6 +3,7 @@
 import copy
 import io
 import math
+import pickle
 
 import pytest
 import torch
@@ -131,6 +132,25 @@ def test_layers_of_all_kinds_are_wrapped_and_learn():
     assert isinstance(lsq_layers(nn.Linear(3, 2)), LSQLayer)
 
 
+def test_layers_are_wrapped_once_wherever_they_are_and_skipped_by_their_last_name():
+    shared = nn.Linear(4, 4)
+    model = nn.ModuleDict({"a": shared, "b": shared, "deep": nn.ModuleDict({"head": nn.Linear(4, 4)})})
+    lsq_layers(model, skip=("head",))
+    assert isinstance(model["a"], LSQLayer)
+    assert model["a"] is model["b"]
+    assert type(model["deep"]["head"]) is nn.Linear
+    with pytest.raises(ValueError, match="not skipped"):
+        lsq_layers(model, skip=("head",))
+
+
+def test_the_sign_is_not_decided_by_an_input_of_zeros():
+    quantizer = LSQQuantizer(3, None)
+    for nothing in (torch.zeros(0), torch.zeros(50)):
+        assert torch.equal(quantizer(nothing), nothing)
+    assert torch.equal(quantizer(normal(50)), LSQQuantizer(3, None)(normal(50)))
+    assert quantizer.signed
+
+
 def test_sagm_golden():
     theta = nn.Parameter(torch.tensor([1.0, 1.0], dtype=torch.float64))
     optimizer = GAQAT([theta], torch.optim.SGD, lr=0.1)
@@ -238,6 +258,27 @@ def test_a_saved_state_goes_on_bit_for_bit(base):
             o.step(closure_of(m, o, step))
     assert all(map(torch.equal, weights(model), weights(other)))
     assert torch.equal(resumed.frozen, optimizer.frozen)
+
+
+@pytest.mark.parametrize("dup", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))])
+def test_a_copy_goes_on_bit_for_bit(dup):
+    model, optimizer = run(gaqat, 5)
+    other, copied = dup((model, optimizer))
+    for step in range(5):
+        for m, o in ((model, optimizer), (other, copied)):
+            o.step(closure_of(m, o, step))
+    assert all(map(torch.equal, weights(model), weights(other)))
+    assert torch.equal(copied.frozen, optimizer.frozen)
+
+
+def test_a_refused_state_changes_nothing():
+    model, optimizer = run(gaqat, 3)
+    parts = GAQAT([{"params": [p]} for p in model.parameters()], torch.optim.SGD, quantizers_of(model), lr=0.1)
+    wrong = optimizer.state_dict() | {"param_groups": parts.state_dict()["param_groups"]}
+    wrong["gaqat"] = wrong["gaqat"] | {"task": wrong["gaqat"]["task"] | {"seen": 100}}
+    with pytest.raises(ValueError, match="parameter groups"):
+        optimizer.load_state_dict(wrong)
+    assert optimizer.task.seen == 3
 
 
 def test_a_failing_closure_leaves_the_weights_where_they_were():

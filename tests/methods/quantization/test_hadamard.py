@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from fairtrial.methods.quantization import hadamard_matrix, hadamard_transform
+from fairtrial.methods.quantization.hadamard import _matrix
 
 
 @pytest.mark.parametrize("n", [1, 2, 8, 64, 128, 256, 512, 2048])
@@ -19,6 +20,15 @@ def test_it_is_its_own_inverse() -> None:
 
 def test_gradients_flow() -> None:
     assert torch.autograd.gradcheck(hadamard_transform, torch.randn(2, 256, dtype=torch.float64, requires_grad=True))
+
+
+def test_training_goes_on_after_inference() -> None:
+    _matrix.cache_clear()
+    weight = torch.ones(3, 8, requires_grad=True)
+    with torch.inference_mode():
+        hadamard_transform(weight)
+    hadamard_transform(weight).square().sum().backward()
+    torch.testing.assert_close(weight.grad, 2 * torch.ones(3, 8))
 
 
 def test_other_lengths_are_refused() -> None:

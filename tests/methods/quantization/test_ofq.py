@@ -67,6 +67,7 @@ def test_other_shapes_zero_rows_and_one_bit():
     half = StatsQuantizer(2)(ROWS.half())
     assert half.dtype == torch.float16
     torch.testing.assert_close(half.float(), StatsQuantizer(2)(ROWS), atol=1e-3, rtol=1e-3)
+    assert not StatsQuantizer(2)(torch.zeros(2, 4).half()).any()
 
 
 def test_golden_positions_and_weights_that_may_move():
@@ -144,6 +145,14 @@ def test_steps_of_channels_and_of_one_bit():
     torch.testing.assert_close(again(100 * x), layer(100 * x))  # the step that was learned, not one of these inputs
 
 
+@pytest.mark.parametrize("channels", [1, 4])
+def test_steps_start_from_the_first_input_that_says_anything(channels):
+    layer, x = LSQActivation(4, channels=channels).double(), normal(6, 4)
+    for nothing in (torch.zeros(0, 4, dtype=F64), torch.zeros(6, 4, dtype=F64)):
+        assert torch.equal(layer(nothing), nothing)
+    torch.testing.assert_close(layer(x), LSQActivation(4, channels=channels).double()(x))
+
+
 def attention(dim=32, heads=4, bias=True):
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -195,6 +204,10 @@ def test_annealing_a_model_takes_all_its_weights():
     optimizer.step()
     assert all(torch.equal(p, before) for p, before in zip(annealing.params, frozen, strict=True))
     assert (model[2].weight != others).all()
+    annealing.remove()
+    model(normal(2, 9, 32)).square().sum().backward()
+    assert model[0].query.weight.grad.any()
+    assert model[0].product_quantizer.boundary_range is None
 
 
 def test_surgery_shares_weights_and_leaves_what_it_is_told(small_gpt):
@@ -260,6 +273,11 @@ def test_oscillations_are_changes_back(sequence, count):
         ("channels", lambda: LSQActivation(2, channels=0)),
         ("heads", lambda: QKReparamAttention(10, 3)),
         ("attention", lambda: QKReparamAttention.from_attention(nn.MultiheadAttention(8, 2, kdim=4))),
+        ("batch_first=True", lambda: QKReparamAttention.from_attention(nn.MultiheadAttention(8, 2))),
+        (
+            "without dropout",
+            lambda: QKReparamAttention.from_attention(nn.MultiheadAttention(8, 2, dropout=0.1, batch_first=True)),
+        ),
         ("weight_bits", lambda: statsq_linear(nn.Linear(4, 4), 1)),
         ("act_bits", lambda: statsq_linear(nn.Linear(4, 4), 2, 0)),
         ("nn.Linear to replace", lambda: statsq_linear(nn.ReLU())),

@@ -33,6 +33,10 @@ def test_divergence_is_that_of_its_definition() -> None:
     assert (found > 0).all()
     torch.testing.assert_close(temperature_divergence(ref + 5, q - 2, [0.5, 1.0]), found, atol=1e-5, rtol=1e-4)
     assert temperature_divergence(ref, ref, [0.1, 1.0, 9.0]).abs().max() < 1e-6
+    few, almost = (ref.masked_fill(ref < 0.5, low) for low in (-float("inf"), -1e4))
+    torch.testing.assert_close(temperature_divergence(few, q, [1.0]), temperature_divergence(almost, q, [1.0]))
+    assert not temperature_divergence(few, few, [1.0]).any()
+    assert (temperature_divergence(ref, few, [1.0]) == float("inf")).all()
 
 
 def test_divergence_falls_with_the_square_of_large_temperatures() -> None:
@@ -54,6 +58,8 @@ def test_sensitivity_is_made_of_slopes_around_the_zone() -> None:
     }
     for name, value in expected.items():
         torch.testing.assert_close(getattr(found, name), torch.tensor(value))
+    steps = [0.1 * i for i in range(1, 12)]  # with 0.30000000000000004
+    assert temperature_sensitivity(steps, torch.tensor(steps), (0.3, 0.7)).inside.item() == pytest.approx(1)
     for wrong in ([0.5, 0.65, 0.7, 0.8, 1.0], [0.2, 0.5, 0.65, 0.9, 1.0], [0.2, 0.8, 0.65, 0.5, 1.0], [0.2] * 5):
         with pytest.raises(ValueError, match="temperatures"):
             temperature_sensitivity(wrong, values)
@@ -76,7 +82,7 @@ def test_a_language_model_loses_more_with_fewer_bits(small_gpt) -> None:
 def test_options_reach_the_layers_and_models_are_quantised_once() -> None:
     model = quantize_(nn.Sequential(nn.Linear(64, 32), nn.Linear(32, 16)), WeightFormat("fp4", block_size=32))
     assert [layer.bits_per_weight() for layer in model] == [5, 5]
-    with pytest.raises(ValueError, match="no linear layer to quantise"):
+    with pytest.raises(ValueError, match="quantised already"):
         apply_ptq(model, "nf4")
     assert quantize_(nn.Sequential(nn.Linear(8, 8)), WeightFormat("int8", threshold=3.0))[0].threshold == 3
 
@@ -125,6 +131,20 @@ def test_a_sweep_has_a_row_for_each_generation_and_pairs_its_draws(small_gpt) ->
     assert all(torch.equal(before[name], tensor) for name, tensor in small_gpt.model.state_dict().items())
 
 
+def test_a_sweep_is_made_in_evaluation_mode(small_gpt) -> None:
+    model, seen = copy.deepcopy(small_gpt.model).train(), []
+    frozen = model.model.layers[0].eval()
+    hook = model.model.layers[1].register_forward_pre_hook(lambda module, args: seen.append(module.self_attn.training))
+    generation_sweep(model, small_gpt.tokenizer, ["a"], ["none", "bf16"], [1.0], max_new_tokens=2)
+    assert set(seen) == {False}
+    assert model.training
+    assert not frozen.training
+    hook.remove()
+    with pytest.raises(ValueError, match="prompts"):
+        generation_sweep(model, small_gpt.tokenizer, [""], ["none"], [1.0])
+    assert model.training
+
+
 def test_text_ends_where_the_model_ends_it(small_gpt) -> None:
     model, tokenizer = small_gpt
     ids, mask = left_padded([tokenizer("The ").input_ids], torch.device("cpu"))
@@ -163,6 +183,8 @@ def test_what_cannot_be_swept_is_refused(small_gpt, monkeypatch) -> None:
         temperature_divergence(scores(0), scores(1), [-1.0])
     with pytest.raises(ValueError, match="logits_ref must be numbers, got 'NaN'"):
         temperature_divergence(scores(0) * float("nan"), scores(1), [1.0])
+    with pytest.raises(ValueError, match="logits_q must be finite or -inf"):
+        temperature_divergence(scores(0), scores(1) / 0, [1.0])
 
 
 def broken(module: nn.Module) -> None:

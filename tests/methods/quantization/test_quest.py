@@ -88,6 +88,17 @@ def test_levels_scale_with_the_row_are_symmetric_and_few(bits, c, seed):
     assert 0 not in quest_quantize(x, 2, hadamard="half")
 
 
+@pytest.mark.parametrize("hadamard", [None, "half", "full"])
+@pytest.mark.parametrize("size", [0.0, 1e-7, 400.0])
+def test_rows_of_float16_have_finite_levels(size, hadamard):
+    x = (size * normal(2, 64, dtype=torch.float32)).half().requires_grad_()
+    rounded = quest_quantize(x, 4, hadamard=hadamard, block=64)
+    rounded.float().sum().backward()
+    assert rounded.dtype == torch.float16
+    assert rounded.isfinite().all()
+    assert x.grad.isfinite().all()
+
+
 def test_levels_with_zero_among_them():
     x = normal(4, 64)
     scale = gaussian_scale(2) * x.square().mean(-1, keepdim=True).sqrt() + 1e-8

@@ -123,10 +123,24 @@ def test_extreme_scores_have_finite_losses_and_gradients(variant, dtype) -> None
     assert gradient.isfinite().all()
 
 
+@pytest.mark.parametrize("variant", ["split", "renormalised"])
+def test_classes_that_the_teacher_excludes_count_as_those_of_probability_0(variant) -> None:
+    teacher, student = scores(3, 6, seed=0), scores(3, 6, seed=1).requires_grad_()
+    almost = teacher.masked_fill(~most_likely(teacher, 2), -600.0)
+    cut = teacher.masked_fill(~most_likely(teacher, 2), -math.inf)
+    for k in (0, 1, 2):
+        loss = TopKLDLoss(k, variant=variant)(student, cut)
+        torch.testing.assert_close(loss, TopKLDLoss(k, variant=variant)(student, almost))
+        (gradient,) = torch.autograd.grad(loss, student)
+        assert gradient.isfinite().all()
+    assert TopKLDLoss(3, variant=variant)(student, cut) == math.inf
+
+
 def test_what_cannot_be_computed_is_refused(monkeypatch) -> None:
     monkeypatch.setattr("jaxtyping.config.jaxtyping_disable", True)  # its checks would come before the method's own
     for wrong in (
         {"k": -1},
+        {"k": True},
         {"temperature": 0.0},
         {"temperature": math.nan},
         {"variant": "both"},
@@ -143,6 +157,9 @@ def test_what_cannot_be_computed_is_refused(monkeypatch) -> None:
         TopKLDLoss(2)(student, student[:2])
     with pytest.raises(ValueError, match="student_logits must be numbers"):
         TopKLDLoss(2)(student / 0 * 0, student)
+    for endless in (math.inf, -math.inf):
+        with pytest.raises(ValueError, match="teacher_logits must be finite or -inf, and not all -inf"):
+            TopKLDLoss(2)(student, torch.full_like(student, endless))
 
 
 def test_a_frontier_finds_the_lines_it_was_made_of() -> None:

@@ -24,7 +24,7 @@ from fairtrial.methods.quantization import (
     quantize_int8_rowwise,
     save_formats,
 )
-from fairtrial.methods.quantization.weight_formats import FORMATS, table
+from fairtrial.methods.quantization.weight_formats import FORMATS, _pairs, table
 
 ROWS = torch.tensor([[0.5, -1.27, 0.013, 0.3], [0.02, 0.01, -0.004, 0.0]])
 
@@ -164,6 +164,41 @@ def test_int8_takes_single_rows_and_zeros() -> None:
     x = normal(1, 64, seed=2)
     both = int8_linear_mixed(torch.cat([x, 0.1 * x]), codes)
     torch.testing.assert_close(int8_linear_mixed(x[0], codes), both[0])
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_gradients_are_those_of_the_product_with_the_weights_that_are_held(fmt: str) -> None:
+    layer = apply_ptq(nn.Sequential(nn.Linear(64, 32)), fmt)[0]
+    x, v = normal(2, 3, 64).requires_grad_(), normal(2, 3, 32, seed=1)
+    y = layer(x)
+    y.backward(v)
+    torch.testing.assert_close(x.grad, v @ layer.dequantize())
+    assert torch.equal(layer(x.detach()), y)
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_layers_take_empty_batches_and_show_their_weights(fmt: str) -> None:
+    linear = nn.Linear(64, 32)
+    layer = apply_ptq(nn.Sequential(copy.deepcopy(linear)), fmt)[0]
+    assert layer(torch.zeros(0, 64)).shape == (0, 32)
+    assert layer.weight.dtype == torch.float32
+    assert torch.equal(layer.weight, layer.dequantize())
+    assert apply_ptq(nn.Sequential(copy.deepcopy(linear).half()), fmt)[0].weight.dtype == torch.float16
+    assert (layer.weight - linear.weight).abs().max() < 0.03
+    encoder = nn.TransformerEncoderLayer(64, 4, 64, dropout=0.0, batch_first=True).eval()
+    apply_ptq(encoder, fmt, skip=("out_proj",))
+    x = normal(2, 5, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(encoder(x), encoder.train()(x), rtol=0, atol=0.1)
+
+
+def test_training_goes_on_after_inference() -> None:
+    _pairs.cache_clear()
+    layer, x = apply_ptq(nn.Sequential(nn.Linear(64, 32)), "nf4")[0], normal(3, 64)
+    with torch.inference_mode():
+        layer(x)
+    layer(x.requires_grad_()).sum().backward()
+    torch.testing.assert_close(x.grad, layer.weight.sum(0).expand(3, 64))
 
 
 def model() -> nn.Module:

@@ -160,7 +160,7 @@ class Rounded(nn.Linear):
         self.inputs: nn.Module | None = None
         if arm == LEARNED:
             self.weights = LSQActivation(bits, channels=layer.out_features, axis=0)
-            self.inputs = LSQActivation(bits)
+            self.inputs = LSQActivation(bits, signed=False)  # they come after a ReLU
 
     def forward(self, x: Tensor) -> Tensor:
         if self.weights is not None and self.inputs is not None:

@@ -39,9 +39,15 @@ def round_through(x: Float[Tensor, "*s"]) -> Float[Tensor, "*s"]:
 
 def round_by_largest(x: Float[Tensor, "*b i"], bits: int) -> Float[Tensor, "*b i"]:
     """Rows rounded to 2^bits even levels from -m to m, their largest magnitude, with the gradient of x."""
-    step = 2 * (x.detach().abs().amax(-1, keepdim=True) + 1e-8) / (2**bits - 1)
-    places = (x.detach() / step + 0.5).round().clamp(1 - 2 ** (bits - 1), 2 ** (bits - 1))
-    return straight_through((places - 0.5) * step, x)
+    wide = at_least_float32(x.detach())
+    step = 2 * (wide.abs().amax(-1, keepdim=True) + 1e-8) / (2**bits - 1)
+    places = (wide / step + 0.5).round().clamp(1 - 2 ** (bits - 1), 2 ** (bits - 1))
+    return straight_through(((places - 0.5) * step).to(x.dtype), x)
+
+
+def at_least_float32(x: Float[Tensor, "*s"]) -> Float[Tensor, "*s"]:
+    """What scales are computed in: in float16 squares overflow, and what keeps a scale above 0 is 0."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 class StraightThroughLinear(nn.Linear):
@@ -80,8 +86,8 @@ def straight_through_linear(
     Raises:
         ValueError: there is nothing to replace, or an argument lies outside its range.
     """
-    require(1 <= weight_bits <= 8, "weight_bits", weight_bits, "from 1 to 8")
-    require(1 <= act_bits <= 8, "act_bits", act_bits, "from 1 to 8")
+    for name, bits in (("weight_bits", weight_bits), ("act_bits", act_bits)):
+        require(isinstance(bits, int) and 1 <= bits <= 8, name, bits, "a whole number from 1 to 8")
     return replace_linear_layers(model, lambda layer: StraightThroughLinear(layer, weight_bits, act_bits), skip=skip)
 
 
@@ -89,8 +95,6 @@ def replace_linear_layers(
     model: nn.Module, make: Callable[[nn.Linear], nn.Module], *, skip: Sequence[str] = ()
 ) -> nn.Module:
     """Put what `make` returns in the place of every `nn.Linear` that is no subclass; returns the model.
-
-    A layer in several places of the model is made once.
 
     Args:
         model: changed in place.
@@ -105,7 +109,29 @@ def replace_linear_layers(
     if not places:
         but = f" but {', '.join(skip)}" if skip else ""
         raise ValueError(f"model must have an nn.Linear to replace, got {type(model).__name__} without any{but}")
+    return replace_layers(model, places, make)
+
+
+def replace_layers(
+    model: nn.Module, places: Sequence[tuple[str, nn.Module]], make: Callable[[Any], nn.Module]
+) -> nn.Module:
+    """Put what `make` returns in the place of layers; returns the model.
+
+    A layer in several places of the model is made once. PyTorch's transformer encoders read the weights of their layers
+    in evaluation and do not call them; where one of these is replaced, that is switched off.
+
+    Args:
+        model: changed in place.
+        places: names in the model, with the layers there.
+        make: of the layer that takes the place of one.
+    """
     made = {layer: make(layer) for layer in dict.fromkeys(layer for _, layer in places)}
+    for module in model.modules():
+        if not made.keys().isdisjoint(module.modules()):
+            if isinstance(module, nn.TransformerEncoder):
+                module.use_nested_tensor = False
+            if isinstance(module, nn.TransformerEncoderLayer):
+                module.activation_relu_or_gelu = 0
     for name, layer in places:
         if not name:
             return made[layer]

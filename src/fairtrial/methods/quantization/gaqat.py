@@ -31,11 +31,27 @@ from torch.optim.optimizer import ParamsT
 
 from fairtrial.methods.arguments import require
 from fairtrial.methods.optimizers.torch_contract import evaluate
+from fairtrial.methods.quantization.fake_quantization import replace_layers
 from fairtrial.methods.quantization.ofq import LSQActivation
+from fairtrial.methods.quantization.quantize import skipped
 from fairtrial.methods.registry import method
 
 MODES = "freeze_task", "freeze_smooth", "none"
 DISORDERS = "flips", "task_vs_smooth"
+OWN = (  # what a copy of the optimizer has beside what torch copies
+    "base_optimizer",
+    "task",
+    "smooth",
+    "scales",
+    "rho",
+    "alpha",
+    "threshold",
+    "mode",
+    "disorder",
+    "perturb_scales",
+    "frozen",
+    "_left",
+)
 
 
 # Layers ------------------------------------------------------------------------------------------------------------
@@ -73,8 +89,8 @@ class LSQQuantizer(LSQActivation):
     def _start(self, x: Tensor) -> None:
         if self.undecided:
             self._allow(bool((x < 0).any()))
-            self.undecided = False
         super()._start(x)
+        self.undecided = self.undecided and not self.started
         if not self.signed:
             self.step.div_(2)
 
@@ -116,13 +132,19 @@ class LSQLayer(nn.Module):
         return result
 
 
-def _quantisable(model: nn.Module) -> list[str]:
-    return [name for name, m in model.named_modules() if type(m) in (nn.Linear, nn.Conv1d, nn.Conv2d)]
+def _quantisable(model: nn.Module) -> dict[nn.Module, list[str]]:
+    """Linear layers and convolutions that are not rounded yet, with all their names."""
+    taken = {module.layer for module in model.modules() if isinstance(module, LSQLayer)}
+    found: dict[nn.Module, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if type(module) in (nn.Linear, nn.Conv1d, nn.Conv2d) and module not in taken:
+            found.setdefault(module, []).append(name)
+    return found
 
 
 def first_and_last(model: nn.Module) -> tuple[str, ...]:
     """The names of the first and the last linear layer or convolution; nothing of a model with no others."""
-    names = _quantisable(model)
+    names = [name for name, *_ in _quantisable(model).values()]
     return (names[0], names[-1]) if len(names) > 2 else ()
 
 
@@ -140,22 +162,18 @@ def lsq_layers(
     Args:
         model: fresh or trained; convolutions are of one or two dimensions, and no subclasses.
         weight_bits, act_bits, per_channel: as in `LSQLayer`.
-        skip: names of layers that are left alone; `first_and_last(model)` is usual.
+        skip: names of layers that are left alone, whole or their last part; `first_and_last(model)` is usual.
 
     Returns:
         The model, or the new layer if the model is itself one to be rounded.
 
     Raises:
-        ValueError: there is nothing to round, or bits outside their range.
+        ValueError: there is nothing to round that has not been before, or bits outside their range.
     """
-    names = [name for name in _quantisable(model) if name not in skip]
-    require(bool(names), "model", type(model).__name__, "one with an nn.Linear or a convolution that is not skipped")
-    made = {name: LSQLayer(model.get_submodule(name), weight_bits, act_bits, per_channel=per_channel) for name in names}
-    for name, layer in made.items():
-        if not name:
-            return layer
-        model.set_submodule(name, layer)
-    return model
+    found = _quantisable(model).items()
+    places = [(name, layer) for layer, names in found if not any(skipped(n, skip) for n in names) for name in names]
+    require(bool(places), "model", type(model).__name__, "one with an nn.Linear or a convolution that is not skipped")
+    return replace_layers(model, places, lambda layer: LSQLayer(layer, weight_bits, act_bits, per_channel=per_channel))
 
 
 def quantizers_of(model: nn.Module) -> list[LSQActivation]:
@@ -332,6 +350,9 @@ class GAQAT(Optimizer):
         else:
             super().add_param_group(param_group)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {name: self.__dict__[name] for name in OWN}
+
     def state_dict(self) -> dict[str, Any]:
         """The base optimizer's, with windows and what is frozen; to be asked for between two steps."""
         own = {"task": self.task.state_dict(), "smooth": self.smooth.state_dict(), "frozen": self.frozen.clone()}
@@ -345,11 +366,12 @@ class GAQAT(Optimizer):
         require(
             len(own["frozen"]) == len(self.scales), "state_dict", own["frozen"], f"of {len(self.scales)} quantizers"
         )
-        self.task.load_state_dict(own["task"])
-        self.smooth.load_state_dict(own["smooth"])
+        task, smooth = GradientDisorder(self.task.window), GradientDisorder(self.smooth.window)
+        task.load_state_dict(own["task"])
+        smooth.load_state_dict(own["smooth"])
         self.base_optimizer.load_state_dict({name: v for name, v in state_dict.items() if name != "gaqat"})
         self.param_groups, self.state = self.base_optimizer.param_groups, self.base_optimizer.state
-        self.frozen = own["frozen"].clone()
+        self.task, self.smooth, self.frozen = task, smooth, own["frozen"].clone()
 
     @_disable_dynamo
     @torch.no_grad()

@@ -15,7 +15,8 @@ FACTOR = 5  # at most 2^5 is the size of a factor of a longer transform
 
 @cache
 def _matrix(n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    return hadamard_matrix(n, dtype, device)
+    with torch.inference_mode(False):  # what is cached has to serve training too
+        return hadamard_matrix(n, dtype, device)
 
 
 def hadamard_matrix(n: int, dtype: torch.dtype = torch.float32, device: torch.device | None = None) -> Tensor:

@@ -32,6 +32,7 @@ from torch.nn import functional as F
 
 from fairtrial.methods.arguments import require
 from fairtrial.methods.quantization.fake_quantization import (
+    at_least_float32,
     output_layer,
     replace_linear_layers,
     round_through,
@@ -68,9 +69,9 @@ class StatsQuantizer(nn.Module):
         self.bits, self.channel_axis, self.boundary_range = bits, channel_axis, boundary_range
 
     def scale(self, weight: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
-        """s, of the weight's dimensions with size 1 but for the channels; at least 1e-8."""
+        """s, of the weight's dimensions with size 1 but for the channels; at least 1e-8, and in float32 at least."""
         others = [axis for axis in range(weight.ndim) if axis != self.channel_axis % weight.ndim]
-        return 2 * weight.detach().abs().mean(others, keepdim=True).clamp_min(5e-9)
+        return 2 * at_least_float32(weight.detach()).abs().mean(others, keepdim=True).clamp_min(5e-9)
 
     def position(self, weight: Float[Tensor, "*s"]) -> Float[Tensor, "*s"]:
         """v, whose nearest whole number is the code."""
@@ -89,7 +90,7 @@ class StatsQuantizer(nn.Module):
         return (above - above.round().clamp_(-n, n - 2)).abs_() <= boundary_range
 
     def forward(self, weight: Float[Tensor, "*s"]) -> Float[Tensor, "*s"]:
-        value = self.codes(weight).add_(0.5).mul_(self.scale(weight) / 2 ** (self.bits - 1))
+        value = self.codes(weight).add_(0.5).mul_(self.scale(weight) / 2 ** (self.bits - 1)).to(weight.dtype)
         if self.boundary_range is not None:
             weight = torch.where(self.near_threshold(weight, self.boundary_range), weight, weight.detach())
         return straight_through(value, weight)
@@ -110,8 +111,8 @@ class LSQActivation(nn.Module):
 
     Q_n = 2^(b-1) and Q_p = 2^(b-1) - 1, unsigned 0 and 2^b - 1. The gradient in x passes within the range; that in a is
     round(x/a) - x/a there and -Q_n or Q_p outside, times 1 / √(N Q_p) with the number N of entries that share a. The
-    step starts at 2 mean|x| / √Q_p of the first input, unsigned at 4 mean|x| / √Q_p, as in the authors' code. A single
-    signed bit has the two levels ±a, and Q_n = Q_p = 1.
+    step starts at 2 mean|x| / √Q_p of the first input that is not all zeros, unsigned at 4 mean|x| / √Q_p, as in the
+    authors' code. A single signed bit has the two levels ±a, and Q_n = Q_p = 1.
 
     Args:
         bits: from 1 to 16.
@@ -143,7 +144,7 @@ class LSQActivation(nn.Module):
         shape = [1] * x.ndim
         if len(self.step) > 1:
             shape[self.axis] = -1
-        if not self.started:
+        if not self.started and x.numel() > 0:
             self._start(x)
         shared = x.numel() // len(self.step)
         step = straight_through(self.step.detach().clamp_min(1e-5), self.step)
@@ -160,7 +161,7 @@ class LSQActivation(nn.Module):
         others = [axis for axis in range(x.ndim) if len(self.step) == 1 or axis != self.axis % x.ndim]
         magnitude = x.abs().mean(others) if others else x.abs()
         self.step.copy_((2 if self.signed else 4) * magnitude / math.sqrt(self.highest))
-        self.started = True
+        self.started = bool(magnitude.any())
 
     def extra_repr(self) -> str:
         return f"bits={self.bits}, signed={self.signed}, channels={len(self.step)}"
@@ -263,11 +264,14 @@ class QKReparamAttention(nn.Module):
         """One with the weights of a trained attention, whose biases of queries and keys are dropped.
 
         Raises:
-            ValueError: keys or values are of another width than queries, or the attention adds further ones.
+            ValueError: keys or values are of another width than queries, or the attention adds further ones, has
+                dropout or wants the batch in its second dimension.
         """
         weight = attention.in_proj_weight
         plain = weight is not None and attention.bias_k is None and not attention.add_zero_attn
         require(plain, "attention", attention, "of queries, keys and values of one width, and no added ones")
+        require(attention.batch_first, "attention", "batch_first=False", "one with batch_first=True, as this is")
+        require(attention.dropout == 0, "attention", f"dropout={attention.dropout}", "without dropout: set it to 0")
         has_bias = attention.in_proj_bias is not None
         made = cls(attention.embed_dim, attention.num_heads, weight_bits, act_bits, bias=has_bias)
         made.to(weight.device, weight.dtype).train(attention.training)
@@ -361,6 +365,7 @@ class ConfidenceGuidedAnnealing:
         quantised_params: weights whose rows `StatsQuantizer` rounds.
         bits: that it rounds them to.
         boundary_range: of v around a threshold, within [0, 0.5]; the authors'.
+        products: quantisers of what is computed from weights, whose frozen entries have no gradient.
 
     Raises:
         ValueError: an argument lies outside its range; at a step, if it is given a closure.
@@ -372,6 +377,7 @@ class ConfidenceGuidedAnnealing:
         quantised_params: Sequence[Tensor],
         bits: int,
         boundary_range: float = BOUNDARY_RANGE,
+        products: Sequence[StatsQuantizer] = (),
     ) -> None:
         require(0 <= boundary_range <= 0.5, "boundary_range", boundary_range, "from 0 to 0.5")
         self.optimizer, self.params = optimizer, list(quantised_params)
@@ -380,6 +386,9 @@ class ConfidenceGuidedAnnealing:
         known = bool(self.params) and all(p in trained for p in self.params)
         require(known, "quantised_params", f"{len(self.params)} tensors", "one or more of the optimizer's")
         self._kept: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._products = [(product, product.boundary_range) for product in products]
+        for product in products:
+            product.boundary_range = boundary_range
         self._hooks = [
             optimizer.register_step_pre_hook(self._freeze),
             optimizer.register_step_post_hook(self._restore),
@@ -393,6 +402,9 @@ class ConfidenceGuidedAnnealing:
         """Let all weights move again."""
         for hook in self._hooks:
             hook.remove()
+        for product, before in self._products:
+            product.boundary_range = before
+        self._products = []
 
     @torch.no_grad()
     def _freeze(self, optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -417,12 +429,12 @@ def anneal(
 ) -> ConfidenceGuidedAnnealing:
     """Begin CGA for all StatsQ weights of a model, those of attention with QKR included.
 
-    A product of queries and keys has no values to put back: its frozen entries have no gradient from now on.
+    A product of queries and keys has no values to put back: its frozen entries have no gradient.
 
     Raises:
         ValueError: the model has no StatsQ weights, they are of different bits, or the range is not within [0, 0.5].
     """
-    params, bits = [], set()
+    params, products, bits = [], [], set()
     for module in model.modules():
         if isinstance(module, StatsQLinear) and isinstance(module.weight_quantizer, StatsQuantizer):
             params.append(module.weight)
@@ -430,12 +442,10 @@ def anneal(
         if isinstance(module, QKReparamAttention) and isinstance(module.value_quantizer, StatsQuantizer):
             params.append(module.value.weight)
             bits.add(module.value_quantizer.bits)
-    require(len(bits) == 1, "model", sorted(bits), "of StatsQ weights of equal bits")
-    annealing = ConfidenceGuidedAnnealing(optimizer, params, bits.pop(), boundary_range)
-    for module in model.modules():
         if isinstance(module, QKReparamAttention) and isinstance(module.product_quantizer, StatsQuantizer):
-            module.product_quantizer.boundary_range = boundary_range
-    return annealing
+            products.append(module.product_quantizer)
+    require(len(bits) == 1, "model", sorted(bits), "of StatsQ weights of equal bits")
+    return ConfidenceGuidedAnnealing(optimizer, params, bits.pop(), boundary_range, products)
 
 
 class OscillationTracker:

@@ -97,7 +97,8 @@ class OnceForAllQuantLinear(nn.Module):
         generator: what adapters are drawn from; torch's own by default, as for any layer.
 
     Attributes:
-        active_bits: the width at which the layer computes; the highest at first.
+        active_bits: the width at which the layer computes; the highest at first. It is not in the state dict: after
+            loading one, `set_config` says it again.
 
     Raises:
         ValueError: an argument lies outside its range, the group size does not divide the inputs, or the quantiser

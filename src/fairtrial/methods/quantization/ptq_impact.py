@@ -18,7 +18,9 @@ A format is the more resilient the smaller its largest |D_q(T)| and the smaller 
 """
 
 import copy
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from time import perf_counter
 from typing import Any, ClassVar, NamedTuple
@@ -91,18 +93,22 @@ def temperature_divergence(
 ) -> Float[Tensor, "t *b"]:
     """KL(softmax(z_ref/T) ‖ softmax(z_q/T)) in nats, at each temperature and position.
 
+    A token that the reference excludes by -inf adds 0; one that only the other excludes makes it infinite.
+
     Raises:
-        ValueError: shapes differ, a temperature is not above 0, or logits are not numbers.
+        ValueError: shapes differ, a temperature is not above 0, or logits are not numbers, infinite or, at a position,
+            all -inf.
     """
     require(logits_q.shape == logits_ref.shape, "logits_q", tuple(logits_q.shape), f"{tuple(logits_ref.shape)}, as ref")
     check_temperatures(temperatures)
     for name, logits in (("logits_ref", logits_ref), ("logits_q", logits_q)):
         require(not bool(logits.isnan().any()), name, "NaN", "numbers")
+        require(bool(logits.amax(-1).isfinite().all()), name, "others", "finite or -inf, and not all -inf")
     wide = torch.promote_types(logits_ref.dtype, torch.float32)
     divergences = []
     for temperature in temperatures:
         p, q = ((z.to(wide) / temperature).log_softmax(-1) for z in (logits_ref, logits_q))
-        divergences.append((p.exp() * (p - q)).sum(-1))
+        divergences.append((p.exp() * torch.where(p == -float("inf"), 0.0, p - q)).sum(-1))
     return torch.stack(divergences)
 
 
@@ -133,7 +139,7 @@ def temperature_sensitivity(
     """Largest magnitude and slopes of values that were measured at several temperatures.
 
     Args:
-        temperatures: in rising order; both ends of the zone are among them, and one on either side of it.
+        temperatures: in rising order; both ends of the zone are among them, but for rounding, and one on either side.
         values: at each temperature, such as `temperature_divergence` or D_q(T).
         zone: its two ends.
 
@@ -143,10 +149,10 @@ def temperature_sensitivity(
     check_temperatures(temperatures)
     require(len(values) == len(temperatures), "values", len(values), f"of {len(temperatures)} temperatures")
     require(list(temperatures) == sorted(set(temperatures)), "temperatures", temperatures, "in rising order")
-    ends = [temperatures[0], *zone, temperatures[-1]]
-    fits = set(zone) <= set(temperatures) and ends == sorted(set(ends))
+    found = [place for end in zone for place, t in enumerate(temperatures) if math.isclose(t, end)]
+    places = [0, *found, len(temperatures) - 1]
+    fits = len(found) == 2 and places == sorted(set(places))
     require(fits, "temperatures", temperatures, f"around both ends of the zone, {zone}, and with these among them")
-    places = [list(temperatures).index(end) for end in ends]
 
     def slope(start: int, end: int) -> Tensor:
         return (values[end] - values[start]) / (temperatures[end] - temperatures[start])
@@ -175,7 +181,8 @@ def generation_sweep(
     a place are the same for all formats and temperatures (the most likely token after adding Gumbel noise to z/T).
 
     Args:
-        model: of transformers, which continues text; it stays as it is, each format gets a copy.
+        model: of transformers, which continues text, in evaluation mode for this; it stays as it is, each format gets a
+            copy.
         tokenizer: of the model.
         prompts: texts, none of them empty.
         formats: as in `WeightFormat`, and 'none' for the model as it is.
@@ -199,8 +206,22 @@ def generation_sweep(
     require(set(formats) <= {"none", *FORMATS}, "formats", formats, f"of none, {', '.join(FORMATS)}")
     require(all(k >= 0 for k in top_ks), "top_ks", top_ks, "at least 0")
     require(max_new_tokens >= 1, "max_new_tokens", max_new_tokens, "at least 1")
+    with evaluating(model):
+        return list(_generations(model, tokenizer, prompts, formats, temperatures, top_ks, max_new_tokens, seeds))
+
+
+def _generations(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[str],
+    formats: Sequence[str],
+    temperatures: Sequence[float],
+    top_ks: Sequence[int],
+    max_new_tokens: int,
+    seeds: Sequence[int],
+) -> Iterator[dict[str, Any]]:
+    """The rows of a sweep."""
     ids, mask = left_padded([tokenizer(prompt).input_ids for prompt in prompts], model.device)
-    rows = []
     for fmt in formats:
         changed = model if fmt == "none" else apply_ptq(copy.deepcopy(model), fmt)
         for temperature, top_k, seed in ((t, k, s) for t in temperatures for k in top_ks for s in seeds):
@@ -214,21 +235,30 @@ def generation_sweep(
             lengths = drawn.mask.sum(1)
             nll = likelihoods(model, ids, mask, drawn)
             for place, (tokens, length) in enumerate(zip(drawn.tokens, lengths.tolist(), strict=True)):
-                rows.append(
-                    {
-                        "format": fmt,
-                        "temperature": temperature,
-                        "top_k": top_k,
-                        "seed": seed,
-                        "prompt": place,
-                        "text": tokenizer.decode(tokens[:length], skip_special_tokens=True),
-                        "new_tokens": length,
-                        "nll": nll[place].item(),
-                        "tokens_per_second": int(lengths.sum()) / seconds,
-                        "peak_bytes": peak,
-                    }
-                )
-    return rows
+                yield {
+                    "format": fmt,
+                    "temperature": temperature,
+                    "top_k": top_k,
+                    "seed": seed,
+                    "prompt": place,
+                    "text": tokenizer.decode(tokens[:length], skip_special_tokens=True),
+                    "new_tokens": length,
+                    "nll": nll[place].item(),
+                    "tokens_per_second": int(lengths.sum()) / seconds,
+                    "peak_bytes": peak,
+                }
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """A model in evaluation mode; afterwards each of its modules is in the mode that it was in."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
 
 
 def left_padded(

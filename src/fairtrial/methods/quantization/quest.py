@@ -34,7 +34,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fairtrial.methods.arguments import require
-from fairtrial.methods.quantization.fake_quantization import output_layer, replace_linear_layers, straight_through
+from fairtrial.methods.quantization.fake_quantization import (
+    at_least_float32,
+    output_layer,
+    replace_linear_layers,
+    straight_through,
+)
 from fairtrial.methods.quantization.hadamard import hadamard_transform
 from fairtrial.methods.registry import method
 
@@ -138,16 +143,17 @@ def quest_quantize(
     require(centered or n % 2 == 0, "centered", centered, "True for an odd number of levels")
     rotated = x if hadamard is None else rotate(x, block)
     with torch.no_grad():
-        scale = a * rotated.square().mean(-1, keepdim=True).sqrt() + 1e-8
+        wide = at_least_float32(rotated)
+        scale = a * wide.square().mean(-1, keepdim=True).sqrt() + 1e-8
         if centered:
             step = 2 * scale / (n - 1)
             shift = 0.0 if n % 2 else 0.5
-            rounded = (torch.clamp(rotated, -scale, scale) / step + shift).round_().sub_(shift).mul_(step)
+            rounded = (torch.clamp(wide, -scale, scale) / step + shift).round_().sub_(shift).mul_(step)
         else:
             step = 2 * scale / n
-            rounded = (torch.clamp(rotated, -scale * (n - 2) / n, scale) / step).round_().mul_(step)
-        trusted = (rounded - rotated).abs_() <= scale * (1 / (n - 1) if trust is None else trust / a)
-        value = rotate(rounded, block) if hadamard == "full" else rounded
+            rounded = (torch.clamp(wide, -scale * (n - 2) / n, scale) / step).round_().mul_(step)
+        trusted = (rounded - wide).abs_() <= scale * (1 / (n - 1) if trust is None else trust / a)
+        value = (rotate(rounded, block) if hadamard == "full" else rounded).to(rotated.dtype)
     path = rotated * trusted
     return straight_through(value, rotate(path, block) if hadamard == "full" else path)
 

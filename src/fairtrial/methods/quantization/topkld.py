@@ -10,8 +10,9 @@ paper. With the teacher's p, the student's q and the set K of the teacher's k mo
     L = Σ_{i ∈ K} d_top(p_i, q_i) + Σ_{i ∉ K} d_rest(p_i, q_i)
 
 where forward terms are p log(p/q), which cover all that the teacher does, and reverse terms q log(q/p), which keep to
-what it does most. By default the top is reverse and the rest forward. Parts of such sums can be negative; the
-generalised terms, p log(p/q) - p + q and q log(q/p) - q + p, cannot, and come to the same sums over all classes.
+what it does most. 0 log 0 is 0, and what only the distribution in the denominator excludes makes the loss infinite. By
+default the top is reverse and the rest forward. Parts of such sums can be negative; the generalised terms,
+p log(p/q) - p + q and q log(q/p) - q + p, cannot, and come to the same sums over all classes.
 "renormalised" is
 
     L = KL(gate_p ‖ gate_q) + w_top KL_top + w_rest KL_rest,    gate = (mass of K, mass of the rest)
@@ -54,7 +55,8 @@ class TopKLDLoss(nn.Module):
         reduction: 'batchmean', the mean over positions; 'sum', or 'none' for a value at each position.
 
     Raises:
-        ValueError: an argument lies outside its range; when called, shapes differ, or scores are not numbers.
+        ValueError: an argument lies outside its range; when called, shapes differ, or scores are not numbers, infinite
+            or, at a position, all -inf.
     """
 
     def __init__(
@@ -68,7 +70,7 @@ class TopKLDLoss(nn.Module):
         reduction: Literal["batchmean", "sum", "none"] = "batchmean",
     ) -> None:
         super().__init__()
-        require(isinstance(k, int) and k >= 0, "k", k, "a whole number of at least 0")
+        require(type(k) is int and k >= 0, "k", k, "a whole number of at least 0")
         require(0 < temperature < float("inf"), "temperature", temperature, "above 0 and finite")
         require(variant in ("split", "renormalised"), "variant", variant, "'split' or 'renormalised'")
         for name, direction in (("top", top), ("rest", rest)):
@@ -85,6 +87,7 @@ class TopKLDLoss(nn.Module):
         if student_logits.device.type == "cpu" and not torch.compiler.is_compiling():
             for name, scores in (("student_logits", student_logits), ("teacher_logits", teacher_logits)):
                 require(not bool(scores.isnan().any()), name, "NaN", "numbers")
+                require(bool(scores.amax(-1).isfinite().all()), name, "others", "finite or -inf, and not all -inf")
         wide = torch.promote_types(student_logits.dtype, torch.float32)
         teacher = teacher_logits.detach().to(wide)
         in_top = most_likely(teacher, self.k)
@@ -99,11 +102,14 @@ class TopKLDLoss(nn.Module):
     def _split(
         self, log_p: Float[Tensor, "*b v"], log_q: Float[Tensor, "*b v"], in_top: Bool[Tensor, "*b v"]
     ) -> Float[Tensor, "*b"]:
-        p, q = log_p.exp(), log_q.exp()
-        terms = {"forward": p * (log_p - log_q), "reverse": q * (log_q - log_p)}
-        if self.generalized:
-            terms = {"forward": terms["forward"] - p + q, "reverse": terms["reverse"] - q + p}
-        return torch.where(in_top, terms[self.top], terms[self.rest]).sum(-1)
+        if self.top == self.rest:
+            forward = torch.full_like(in_top, self.top == "forward")
+        else:
+            forward = in_top if self.top == "forward" else ~in_top
+        lead, other = torch.where(forward, log_p, log_q), torch.where(forward, log_q, log_p)
+        mass = lead.exp()
+        terms = mass * _log_ratio(lead, other)
+        return (terms - mass + other.exp() if self.generalized else terms).sum(-1)
 
     def _parts(
         self, log_p: Float[Tensor, "*b v"], log_q: Float[Tensor, "*b v"], in_top: Bool[Tensor, "*b v"]
@@ -115,8 +121,8 @@ class TopKLDLoss(nn.Module):
                 lead, other, mass = (
                     (inner_p, inner_q, log_mass_p) if direction == "forward" else (inner_q, inner_p, log_mass_q)
                 )
-                inside = (lead.exp() * (lead - other)).sum(-1)
-                parts.append(log_mass_p.exp() * (log_mass_p - log_mass_q) + mass.exp() * inside)
+                inside = (lead.exp() * _log_ratio(lead, other)).sum(-1)
+                parts.append(log_mass_p.exp() * _log_ratio(log_mass_p, log_mass_q) + mass.exp() * inside)
         return torch.stack(parts).sum(0)
 
     def extra_repr(self) -> str:
@@ -132,7 +138,13 @@ def _renormalised(
 ) -> tuple[Float[Tensor, "*b"], Float[Tensor, "*b v"]]:
     """The logarithm of a part's mass, and log-probabilities within the part; zeros stand for the others."""
     log_mass = log_p.masked_fill(~part, NOTHING).logsumexp(-1)
-    return log_mass, (log_p - log_mass[..., None]).masked_fill(~part, 0.0)
+    inner = (log_p - log_mass[..., None]).masked_fill(log_p == NOTHING, NOTHING)
+    return log_mass, inner.masked_fill(~part, 0.0)
+
+
+def _log_ratio(lead: Float[Tensor, "*s"], other: Float[Tensor, "*s"]) -> Float[Tensor, "*s"]:
+    """The difference of logarithms, and 0 where the leading one is -inf, whose exponential it is multiplied by."""
+    return torch.where(lead == NOTHING, 0.0, lead - other)
 
 
 def most_likely(scores: Float[Tensor, "*b v"], k: int) -> Bool[Tensor, "*b v"]:

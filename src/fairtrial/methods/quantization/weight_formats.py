@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fairtrial.methods.arguments import require
+from fairtrial.methods.quantization.fake_quantization import straight_through
 from fairtrial.methods.quantization.packing import bits_held, pack, unpack
 from fairtrial.methods.quantization.storage import FileFormat, Read
 
@@ -72,9 +73,10 @@ def table(method: str, dtype: torch.dtype = torch.float32, device: torch.device 
 @cache
 def _pairs(method: str, dtype: torch.dtype, device: torch.device) -> Float[Tensor, "256 2"]:
     """What the two codes in each byte stand for."""
-    levels = F.pad(table(method, dtype, device), (0, 16 - len(TABLES[method])))
-    byte = torch.arange(256, device=device)
-    return levels[torch.stack([byte & 15, byte >> 4], 1)]
+    with torch.inference_mode(False):  # what is cached has to serve training too
+        levels = F.pad(table(method, dtype, device), (0, 16 - len(TABLES[method])))
+        byte = torch.arange(256, device=device)
+        return levels[torch.stack([byte & 15, byte >> 4], 1)]
 
 
 def in_blocks(flat: Shaped[Tensor, " n"], block_size: int) -> Shaped[Tensor, "b s"]:
@@ -261,6 +263,11 @@ class TableLinear(nn.Module):
         blocks = in_blocks(levels, self.block_size) * self.absmax().to(dtype)[:, None]
         return blocks.flatten()[:count].view(self.out_features, self.in_features)
 
+    @property
+    def weight(self) -> Float[Tensor, "o i"]:
+        """For modules that read their layers' weights; in the dtype of the bias, without one in float32."""
+        return self.dequantize(torch.float32 if self.bias is None else self.bias.dtype)
+
     def forward(self, x: Float[Tensor, "*b i"]) -> Float[Tensor, "*b o"]:
         return F.linear(x, self.dequantize(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
 
@@ -312,11 +319,13 @@ def int8_linear_mixed(
         y += rows[:, outliers].half().to(rows.dtype) @ columns.to(rows.dtype).t()  # products of 16-bit numbers
     if bias is not None:
         y += bias
-    return y.to(x.dtype).view(*x.shape[:-1], -1)
+    return y.to(x.dtype).view(*x.shape[:-1], len(w.codes))
 
 
 class Int8Linear(nn.Module):
     """A linear layer with int8 weights and activations, and outlying columns in float16: `int8_linear_mixed`.
+
+    The gradient of its input is that of the product with what the codes stand for, past the rounding of activations.
 
     Args:
         weight: codes and the largest magnitude of each row.
@@ -341,8 +350,16 @@ class Int8Linear(nn.Module):
         """The weights that the codes stand for."""
         return dequantize(Codes(self.codes, self.scale), "int8").to(dtype)
 
+    @property
+    def weight(self) -> Float[Tensor, "o i"]:
+        """For modules that read their layers' weights; in the dtype of the bias, without one in float32."""
+        return self.dequantize(torch.float32 if self.bias is None else self.bias.dtype)
+
     def forward(self, x: Float[Tensor, "*b i"]) -> Float[Tensor, "*b o"]:
-        return int8_linear_mixed(x, Codes(self.codes, self.scale), self.threshold, self.bias)
+        value = int8_linear_mixed(x.detach(), Codes(self.codes, self.scale), self.threshold, self.bias)
+        if not (x.requires_grad and torch.is_grad_enabled()):
+            return value
+        return straight_through(value, F.linear(x, self.dequantize(x.dtype)))
 
     def bits_per_weight(self) -> float:
         """All that is held beside the bias, scales included."""
@@ -355,18 +372,28 @@ class Int8Linear(nn.Module):
 class BFloat16Linear(nn.Module):
     """A linear layer whose weights are held in bfloat16; it computes in the dtype of its input."""
 
-    weight: Tensor
     bias: Tensor | None
     format = "bf16"
 
     def __init__(self, weight: Float[Tensor, "o i"], bias: Float[Tensor, " o"] | None = None) -> None:
         super().__init__()
         self.out_features, self.in_features = weight.shape
-        self.register_buffer("weight", weight.detach().bfloat16())
+        self._buffers["weight"] = weight.detach().bfloat16()  # files know it by the name that the property has
         self.register_buffer("bias", None if bias is None else bias.detach().clone())
 
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Float[Tensor, "o i"]:
+        """The weights in a dtype to compute in."""
+        held = self._buffers["weight"]
+        assert held is not None
+        return held.to(dtype)
+
+    @property
+    def weight(self) -> Float[Tensor, "o i"]:
+        """For modules that read their layers' weights; in the dtype of the bias, without one in float32."""
+        return self.dequantize(torch.float32 if self.bias is None else self.bias.dtype)
+
     def forward(self, x: Float[Tensor, "*b i"]) -> Float[Tensor, "*b o"]:
-        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+        return F.linear(x, self.dequantize(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
 
     def bits_per_weight(self) -> float:
         """16."""
