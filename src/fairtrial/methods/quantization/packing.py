@@ -128,6 +128,11 @@ class PackedLinear(nn.Module):
             weight.view(-1)[self.kept_at.long()] = self.kept.to(dtype)
         return weight.view(self.out_features, self.in_features)
 
+    @property
+    def weight(self) -> Float[Tensor, "o i"]:
+        """The weights, for whoever reads them past `forward`; in the dtype of the bias, without one in float32."""
+        return self.dequantize(torch.float32 if self.bias is None else self.bias.dtype)
+
     def forward(self, x: Float[Tensor, "*b i"]) -> Float[Tensor, "*b o"]:
         return F.linear(x, self.dequantize(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
 
@@ -179,7 +184,8 @@ class CPUInt4Linear(nn.Module):
 
     def forward(self, x: Float[Tensor, "*b i"]) -> Float[Tensor, "*b o"]:
         rows = x.reshape(-1, self.in_features).bfloat16()
-        y = torch._weight_int4pack_mm_for_cpu(rows, self.weight, self.group_size, self.scale_and_zero).to(x.dtype)
+        grid = self.scale_and_zero.bfloat16()
+        y = torch._weight_int4pack_mm_for_cpu(rows, self.weight, self.group_size, grid).to(x.dtype)
         return (y if self.bias is None else y + self.bias.to(x.dtype)).view(*x.shape[:-1], self.out_features)
 
     def bits_per_weight(self) -> float:
@@ -227,11 +233,11 @@ class CPUInt8Linear(nn.Module):
     def forward(self, x: Float[Tensor, "*b i"]) -> Float[Tensor, "*b o"]:
         rows = x.reshape(-1, self.in_features).bfloat16()
         if len(rows) < self.FEW:
-            y = torch._weight_int8pack_mm(rows, self.weight, self.ones)
+            y = torch._weight_int8pack_mm(rows, self.weight, self.ones.bfloat16())
         else:
             y = F.linear(rows, self.weight.bfloat16())
-        shifted = rows.sum(1, keepdim=True, dtype=torch.float32) * self.shift
-        y = torch.addcmul(shifted, y.float(), self.scale).to(x.dtype)
+        shifted = rows.sum(1, keepdim=True, dtype=torch.float32) * self.shift.float()
+        y = torch.addcmul(shifted, y.float(), self.scale.float()).to(x.dtype)
         return (y if self.bias is None else y + self.bias.to(x.dtype)).view(*x.shape[:-1], self.out_features)
 
     def bits_per_weight(self) -> float:
@@ -253,6 +259,16 @@ def bits_held(layer: Any) -> float:
 def packed_layers(model: nn.Module) -> Iterator[tuple[str, PackedLinear]]:
     """The packed layers of a model, by name."""
     yield from ((name, module) for name, module in model.named_modules() if isinstance(module, PackedLinear))
+
+
+def put_in_place_of(model: nn.Module, old: nn.Module, new: nn.Module) -> nn.Module:
+    """Put a module wherever another is in a model; returns the model, or the new module if the other is the model."""
+    if model is old:
+        return new
+    for name in [name for name, module in model.named_modules(remove_duplicate=False) if module is old]:
+        parent, _, last = name.rpartition(".")
+        setattr(model.get_submodule(parent), last, new)
+    return model
 
 
 def quantised_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
