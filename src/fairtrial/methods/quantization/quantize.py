@@ -478,12 +478,6 @@ class Grid:
     scale: Float[Tensor, "o g"]
     offset: Float[Tensor, "o g"]
 
-    def coarse_enough(self, dtype: torch.dtype) -> "Grid":
-        """The grid with scales that are too near to 0 for another dtype moved to the least that it has."""
-        least = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
-        scale = torch.where(self.scale.abs() < least, torch.copysign(torch.tensor(least), self.scale), self.scale)
-        return Grid(scale, self.offset)
-
     def held_in(self, dtype: torch.dtype) -> "Grid":
         """The grid that is left when scale and offset are stored in another dtype; in the dtype that it had.
 
@@ -492,7 +486,8 @@ class Grid:
         Raises:
             ValueError: a scale or offset is too large for the other dtype.
         """
-        scale = self.coarse_enough(dtype).scale
+        least = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+        scale = torch.where(self.scale.abs() < least, torch.copysign(torch.tensor(least), self.scale), self.scale)
         held = Grid(scale.to(dtype).to(self.scale.dtype), self.offset.to(dtype).to(self.offset.dtype))
         if not (held.scale.isfinite().all() and held.offset.isfinite().all()):
             largest = max(scale.abs().max().item(), self.offset.abs().max().item())
