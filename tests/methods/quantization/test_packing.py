@@ -228,3 +228,11 @@ def test_a_layer_in_two_places_comes_back_in_both(tmp_path) -> None:
     again = load_packed_(twice(), path)
     assert again["a"] is again["b"]
     assert torch.equal(again["b"].weight, packed["a"].weight)
+
+
+@pytest.mark.parametrize(("kind", "bits", "groups"), [(CPUInt4Linear, 4, 2), (CPUInt8Linear, 8, 1)])
+def test_layers_of_the_cpu_kernels_have_weights_to_read(kind, bits: int, groups: int) -> None:
+    packed = layer(out=48, width=128, bits=bits, groups=groups)
+    fast = kind(packed)
+    assert fast.weight.dtype == packed.weight.dtype
+    torch.testing.assert_close(fast.weight, packed.weight, rtol=0.01, atol=0.01 * packed.weight.abs().max().item())
