@@ -333,6 +333,20 @@ def test_layers_may_have_different_masks() -> None:
             torch.testing.assert_close(seen[name].hessian, rows[name].T @ rows[name] / 32, rtol=1e-4, atol=1e-6)
 
 
+def test_a_layer_may_be_called_by_keyword() -> None:
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(8, 8)
+
+        def forward(self, x):
+            return self.inner(input=x)
+
+    looking, x = Looking({}), torch.randn(20, 8)
+    quantize_(Named(), looking, [x])
+    torch.testing.assert_close(looking.seen["inner"].hessian, (x.T @ x / 20).double(), rtol=1e-4, atol=1e-6)
+
+
 def test_a_list_of_blocks_that_is_never_called_is_no_chain() -> None:
     class Idle(nn.Module):
         def __init__(self) -> None:

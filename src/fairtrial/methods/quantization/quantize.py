@@ -196,7 +196,10 @@ def watching(layers: Mapping[str, nn.Module], tell: Callable[[str, Tensor, Any],
     """Within, `tell(name, input, output)` hears of every call of the layers."""
     with ExitStack() as stack:
         for name, layer in layers.items():
-            handle = layer.register_forward_hook(lambda module, args, output, name=name: tell(name, args[0], output))
+            handle = layer.register_forward_hook(
+                lambda module, args, kwargs, output, name=name: tell(name, (*args, *kwargs.values())[0], output),
+                with_kwargs=True,
+            )
             stack.callback(handle.remove)
         yield
 
