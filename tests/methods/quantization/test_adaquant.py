@@ -333,3 +333,60 @@ LAYER = nn.Linear(4, 2)
 def test_misuse_is_refused_with_the_argument_named(name, call):
     with pytest.raises(ValueError, match=name):
         call()
+
+
+def test_the_widths_of_all_layers_are_asked_for_before_anything_changes():
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4)).train()
+    for argument in ("weight_bits", "act_bits"):
+        with pytest.raises(ValueError, match=rf"{argument} must be of all layers, \['2'\] too"):
+            adaquant_model(model, [torch.randn(16, 8)], steps=2, **{argument: {"0": 4}})
+    with torch.no_grad():
+        model[2].weight[0] = torch.nan
+    with pytest.raises(ValueError, match="the weights of 2 are not finite"):
+        adaquant_model(model, [torch.randn(16, 8)], steps=2)
+    with pytest.raises(ValueError, match="model must be one with layers"):
+        adaquant_model(model[0], [torch.randn(16, 8)], steps=2)
+    assert isinstance(model[0], nn.Linear)
+    assert model.training
+
+
+def test_a_layer_in_two_places_of_a_network_is_rounded_in_both():
+    layer = nn.Linear(8, 8)
+    model = nn.Sequential(layer, nn.ReLU(), layer)
+    adaquant_model(model, [torch.randn(16, 8)], steps=1)
+    assert isinstance(model[2], FakeQuantLayer)
+    assert model[0] is model[2]
+
+
+def test_statistics_come_back_when_new_ones_cannot_be_taken():
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)).train()
+    model(torch.randn(50, 4) + 3)
+    model.eval()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        retune_batchnorm(model, [torch.randn(9, 4), torch.randn(1, 4)])
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert model[1].momentum == 0.1
+    assert not model[1].training
+
+
+def test_layers_of_16_bits_are_tuned_as_if_they_had_32():
+    torch.manual_seed(0)
+    layer, x = nn.Linear(32, 16).half(), torch.randn(100, 32).half()
+    with torch.no_grad():
+        y = layer(x)
+    fake, errors = adaquant_layer(layer, x, y, 50, weight_bits=3)
+    assert errors.after < errors.before
+    assert fake(x).dtype == torch.float16
+    assert {p.dtype for p in fake.parameters()} == {torch.float16}
+    assert ((fake(x) - y).float().square().mean() - errors.after).abs() < 0.2 * errors.after
+    model = quantize_(nn.Sequential(layer), AdaQuant(steps=5), [x])
+    assert (model(x) - y).abs().max() < 0.5
+
+
+def test_budgets_hold_to_the_last_bit():
+    sizes = [10_000_000, 3]
+    limit = 8 * sizes[0] + 4 * sizes[1]
+    found = allocate_bits_ip({4: [10.0, 1.0]}, sizes, 8, limit / (32 * sum(sizes)))
+    assert (found.bits, found.size) == ([8, 4], limit)
+    assert allocate_bits_ip({4: [10.0, 10.0]}, sizes, 8, limit / (32 * sum(sizes))).size <= limit

@@ -349,3 +349,15 @@ def test_shapes_that_do_not_fit_are_refused():
         minimize_block(chain().blocks[0], [((weight,), {})], [weight])
     with pytest.raises(ValueError, match="targets must be as many as inputs"):
         minimize_block(chain().blocks[0], [], [])
+
+
+def test_scales_too_small_to_be_held_get_numbers_of_those_that_are():
+    torch.manual_seed(0)
+    for size in (1e-6, 1e-7):
+        layer, errors = nn.Linear(64, 32), []
+        with torch.no_grad():
+            layer.weight.mul_(8 * size)
+        for config in (DecoupleQ(bits=4), RoundToNearest(4, -1)):
+            model = quantize_(nn.Sequential(copy.deepcopy(layer)), config, [torch.randn(100, 64)])
+            errors.append((model[0].dequantize() - layer.weight).norm())
+        assert errors[0] < 1.5 * errors[1]

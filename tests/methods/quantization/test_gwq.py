@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from fairtrial.methods.quantization import (
     GWQ,
+    PackedLinear,
     RoundToNearest,
     average_bits,
     gradient_outlier_mask,
@@ -296,3 +297,27 @@ def test_masks_that_do_not_fit_are_refused_and_nothing_changed():
     gwq_quantize(model, {"0": fits}, group_size=8)
     with pytest.raises(ValueError, match="masks must be of linear layers that are not quantised yet"):
         gwq_quantize(model, {"0": fits}, group_size=8)
+
+
+def test_weights_that_are_not_finite_or_too_large_are_refused_and_nothing_changed():
+    model = nn.Sequential(nn.Linear(8, 4), nn.Linear(4, 8))
+    masks = {name: torch.zeros_like(model[int(name)].weight, dtype=torch.bool) for name in ("0", "1")}
+    with torch.no_grad():
+        model[1].weight.mul_(1e9)
+    with pytest.raises(ValueError, match="scale_dtype"):
+        gwq_quantize(model, masks, group_size=4)
+    with torch.no_grad():
+        model[1].weight[0, 0] = torch.nan
+    with pytest.raises(ValueError, match="the weights of 1 are not finite"):
+        gwq_quantize(model, masks, group_size=4)
+    assert isinstance(model[0], nn.Linear)
+
+
+def test_a_layer_that_is_the_model_or_in_two_places_is_replaced():
+    layer = nn.Linear(8, 8)
+    mask = torch.zeros(8, 8, dtype=torch.bool)
+    assert isinstance(gwq_quantize(layer, {"": mask}, group_size=8), PackedLinear)
+    model = nn.Sequential(layer, nn.ReLU(), layer)
+    gwq_quantize(model, {"0": mask}, group_size=8)
+    assert isinstance(model[2], PackedLinear)
+    assert model[0] is model[2]

@@ -4,6 +4,7 @@ import copy
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -254,3 +255,38 @@ def test_misuse_is_refused_with_the_argument_named():
     with pytest.raises(ValueError, match="needs calibration data"):
         quantize_(model, MixDQ(4))
     assert all(type(m) in (nn.Linear, nn.ReLU) for m in model)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-5, 1e-8, 1e6])
+def test_allocations_are_the_best_however_small_the_scores(scale):
+    rng = np.random.default_rng(0)
+    widths = (2, 4, 8)
+    for _ in range(10):
+        costs, sizes = rng.random((5, 3)) * scale, rng.integers(1, 9, 5)
+        scores = {str(k): dict(zip(widths, row, strict=True)) for k, row in enumerate(costs.tolist())}
+        by_name = {str(k): int(size) for k, size in enumerate(sizes)}
+        choices = [
+            sum(row[widths.index(b)] for row, b in zip(costs, choice, strict=True))
+            for choice in itertools.product(widths, repeat=5)
+            if abs(np.dot(sizes, choice) / sizes.sum() - 4) <= 0.3 + 1e-12
+        ]
+        if not choices:
+            continue
+        found = allocate_bits(scores, by_name, 4, widths, tol=0.3, sense="min")
+        assert sum(scores[name][b] for name, b in found.items()) <= min(choices) * (1 + 1e-6)
+
+
+def test_layers_that_lose_nothing_leave_their_bits_to_others():
+    model = nn.Sequential(nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 8), nn.Linear(8, 8))
+    nn.init.zeros_(model[2].weight)
+    quantize_(model, MixDQ(bits=4, tol=1), [torch.randn(4, 16)])
+    assert model[3].bits == 8
+
+
+def test_batches_with_labels_are_judged_by_logits(small_gpt):
+    ids = torch.arange(32, 96).view(2, 32)
+    plain, labelled = (
+        quantize_(copy.deepcopy(small_gpt.model), MixDQ(bits=4), [batch])
+        for batch in ({"input_ids": ids}, {"input_ids": ids, "labels": ids})
+    )
+    assert [layer.bits for _, layer in packed_layers(plain)] == [layer.bits for _, layer in packed_layers(labelled)]

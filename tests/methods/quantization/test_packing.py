@@ -178,3 +178,61 @@ def test_tied_weights_are_in_a_file_once(tmp_path) -> None:
     again = load_packed_(tied(), path)
     assert torch.equal(again["head"].weight, model["embedding"].weight)
     assert again["head"].weight is again["embedding"].weight
+
+
+def test_weights_can_be_read_past_the_call_and_are_no_parameter() -> None:
+    packed = quantize_(model(), RoundToNearest(bits=4, group_size=16))
+    assert torch.equal(packed[0].weight, packed[0].dequantize())
+    assert copy.deepcopy(packed).half()[0].weight.dtype == torch.float16
+    assert "0.weight" not in packed.state_dict()
+    assert not list(packed.named_parameters())
+    again = copy.deepcopy(packed)
+    again.load_state_dict(packed.state_dict())
+    assert torch.equal(again[0].weight, packed[0].weight)
+
+
+@pytest.mark.parametrize(("bits", "size"), [(4, 32), (8, -1)])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_layers_of_the_cpu_kernels_take_other_dtypes(bits: int, size: int, dtype: torch.dtype) -> None:
+    packed, x = quantize_(model(), RoundToNearest(bits=bits, group_size=size), skip=("4",)), torch.randn(9, 64)
+    exact = packed(x)
+    fast = for_inference_(packed).to(dtype)
+    for rows in (2, 9):
+        y = fast(x[:rows].to(dtype))
+        assert y.dtype == dtype
+        assert (y.float() - exact[:rows]).abs().max() < 0.03 * exact.abs().max()
+
+
+def test_only_models_whose_layers_are_all_packed_are_saved(tmp_path) -> None:
+    path = tmp_path / "model.safetensors"
+    some = for_inference_(quantize_(model(), RoundToNearest(bits=4, group_size=16), skip=("2",)))
+    with torch.no_grad():
+        half = quantize_(model(), RoundToNearest(bits=4, group_size=32), skip=("4",))
+        half[4] = quantize_(model(), RoundToNearest(bits=4, group_size=16))[4]
+    for_inference_(half)
+    with pytest.raises(ValueError, match="0 is a CPUInt4Linear, which packed files do not hold"):
+        save_packed(half, path)
+    with pytest.raises(ValueError, match="model must be a model that has packed layers, not one itself"):
+        save_packed(some[0], path)
+    assert not path.exists()
+
+
+def test_a_layer_in_two_places_comes_back_in_both(tmp_path) -> None:
+    def twice() -> nn.Module:
+        made = nn.ModuleDict({"a": nn.Linear(16, 16)})
+        made["b"] = made["a"]
+        return made
+
+    path, packed = tmp_path / "model.safetensors", quantize_(twice(), RoundToNearest(group_size=16))
+    save_packed(packed, path)
+    again = load_packed_(twice(), path)
+    assert again["a"] is again["b"]
+    assert torch.equal(again["b"].weight, packed["a"].weight)
+
+
+@pytest.mark.parametrize(("kind", "bits", "groups"), [(CPUInt4Linear, 4, 2), (CPUInt8Linear, 8, 1)])
+def test_layers_of_the_cpu_kernels_have_weights_to_read(kind, bits: int, groups: int) -> None:
+    packed = layer(out=48, width=128, bits=bits, groups=groups)
+    fast = kind(packed)
+    assert fast.weight.dtype == packed.weight.dtype
+    torch.testing.assert_close(fast.weight, packed.weight, rtol=0.01, atol=0.01 * packed.weight.abs().max().item())

@@ -37,16 +37,18 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from fairtrial.methods.arguments import require
 from fairtrial.methods.quantization.fake_quantization import round_through
 from fairtrial.methods.quantization.integer_programme import one_each
-from fairtrial.methods.quantization.packing import PackedLinear, group_size
+from fairtrial.methods.quantization.packing import PackedLinear, group_size, put_in_place_of
 from fairtrial.methods.quantization.quantize import (
     Batch,
     Found,
     Grid,
     Want,
+    check_finite_weights,
     check_groups,
     check_rounding,
     round_to,
@@ -103,10 +105,11 @@ class AffineFakeQuant(nn.Module):
         self.range.copy_(torch.where(high > low, high - low, 1))
 
     def grid(self) -> Grid:
-        """Scale Δ and offset -Δ ẑ, one row for each channel, with their gradients."""
+        """Scale Δ and offset -Δ ẑ, one row for each channel, with their gradients; of a range in float16 in float32."""
         top = 2**self.bits - 1
-        step = self.range.clamp(1e-6, 1e5) / top
-        zero_point = round_through(-self.zero / step).clamp(0, top)
+        wide = torch.float32 if self.range.dtype == torch.float16 else self.range.dtype  # 1e5 is none of float16
+        step = self.range.to(wide).clamp(1e-6, 1e5) / top
+        zero_point = round_through(-self.zero.to(wide) / step).clamp(0, top)
         return Grid(step[:, None], (-zero_point * step)[:, None])
 
     def forward(self, x: Float[Tensor, "*s"]) -> Float[Tensor, "*s"]:
@@ -115,7 +118,8 @@ class AffineFakeQuant(nn.Module):
             shape[self.channel_axis] = -1
         grid = self.grid()
         step, offset = grid.scale.view(shape), grid.offset.view(shape)
-        return round_through(((x - offset) / step).clamp(0, 2**self.bits - 1)) * step + offset
+        rounded = round_through(((x - offset) / step).clamp(0, 2**self.bits - 1)) * step + offset
+        return rounded.to(x.dtype) if self.range.dtype == torch.float16 else rounded
 
     def extra_repr(self) -> str:
         return f"bits={self.bits}, channels={len(self.range)}"
@@ -222,7 +226,7 @@ def adaquant_layer(
     input_range: Literal["sample means", "extremes"] = "sample means",
     size: int = -1,
 ) -> tuple[FakeQuantLayer, Errors]:
-    """Round a layer and tune it until it gives y for x.
+    """Round a layer and tune it until it gives y for x; one in float16 is tuned in float32.
 
     Args:
         layer: left as it is.
@@ -249,6 +253,9 @@ def adaquant_layer(
     require(batch >= 1, "batch", batch, "at least 1")
     require(input_range in ("sample means", "extremes"), "input_range", input_range, "'sample means' or 'extremes'")
     generator = torch.Generator().manual_seed(0) if generator is None else generator
+    dtype = layer.weight.dtype
+    if dtype == torch.float16:
+        layer, x, y = copy.deepcopy(layer).float(), x.float(), y.float()
     fake = FakeQuantLayer(layer, weight_bits, act_bits, size=size)
     fake.train(layer.training).requires_grad_(True)
     if fake.input_quantizer is not None:
@@ -277,7 +284,7 @@ def adaquant_layer(
     after = overall()
     if not (math.isfinite(before) and math.isfinite(after)):
         raise ValueError(f"the layer's error must be finite, got {before} before and {after} after {steps} steps")
-    return fake.requires_grad_(False), Errors(before, after)
+    return fake.requires_grad_(False).to(dtype), Errors(before, after)
 
 
 @method(
@@ -372,6 +379,9 @@ def adaquant_model(
 ) -> dict[str, Errors]:
     """Put a tuned `FakeQuantLayer` in the place of every `nn.Linear` and `nn.Conv2d`, in the order of their calls.
 
+    A layer in several places goes by the first of its names. The output projection of `nn.MultiheadAttention` is left
+    alone: its weights are read without a call.
+
     Args:
         model: changed in place; put into evaluation mode.
         calib_loader: batches to run the model on: tensors, mappings of keyword arguments, or sequences of arguments.
@@ -385,23 +395,29 @@ def adaquant_model(
         The errors of each layer, by name.
 
     Raises:
-        ValueError: there are no calibration data, no layers, the model is rounded already, or the data never reach a
-            layer; nothing is changed then. Also if an error is not finite.
+        ValueError: there are no calibration data, no layers, the model is rounded already or is a layer itself, a layer
+            has weights that are not finite or no bits, or the data never reach it; nothing is changed then. Also if an
+            error is not finite.
     """
     batches = list(calib_loader)
     require(bool(batches), "calib_loader", batches, "one or more batches")
     done = next((n for n, m in model.named_modules() if isinstance(m, FakeQuantLayer)), None)
     require(done is None, "model", done, "without rounded layers")
-    model.eval()
-    exact = copy.deepcopy(model)
-    layers = {n: m for n, m in exact.named_modules() if isinstance(m, Layer) and n not in skip}
+    require(not isinstance(model, Layer), "model", type(model).__name__, "one with layers; for one, adaquant_layer")
+    exact = copy.deepcopy(model).eval()
+    layers = {n: m for n, m in exact.named_modules() if _can_be_rounded(m) and n not in skip}
     require(bool(layers), "model", type(model).__name__, "one with nn.Linear or nn.Conv2d layers")
+    check_finite_weights(layers)
+    for argument, bits in (("weight_bits", weight_bits), ("act_bits", act_bits)):
+        lacking = [name for name in layers if isinstance(bits, Mapping) and name not in bits]
+        require(not lacking, argument, bits, f"of all layers, {lacking} too")
     order: list[str] = []
     with watching(layers, lambda name, x, y: order.append(name)):
         run(exact, batches[0])
     order = list(dict.fromkeys(order))
     missing = [name for name in layers if name not in order]
     require(not missing, "calib_loader", missing, "data that reach every layer")
+    model.eval()
     generator = torch.Generator().manual_seed(0) if generator is None else generator
 
     errors = {}
@@ -421,8 +437,12 @@ def adaquant_model(
             weight_bits=weight_bits if isinstance(weight_bits, int) else weight_bits[name],
             act_bits=act_bits[name] if isinstance(act_bits, Mapping) else act_bits,
         )
-        model.set_submodule(name, fake)
+        put_in_place_of(model, model.get_submodule(name), fake)
     return errors
+
+
+def _can_be_rounded(module: nn.Module) -> bool:
+    return isinstance(module, Layer) and not isinstance(module, NonDynamicallyQuantizableLinear)
 
 
 def _seen(model: nn.Module, name: str, batches: Sequence[Batch]) -> tuple[Tensor, Tensor]:
@@ -446,27 +466,34 @@ def retune_batchnorm(model: nn.Module, loader: Iterable[Batch], passes: int = 1)
         passes: how often they are run through; the first norms decide what later ones see, but not in training mode.
 
     Raises:
-        ValueError: there are no batches or no batch norms with statistics, or no passes.
+        ValueError: there are no batches or no batch norms with statistics, or no passes. After this or any other
+            exception the model is as it was.
     """
     norms = [m for m in model.modules() if isinstance(m, BatchNorm) and m.track_running_stats]
     require(bool(norms), "model", type(model).__name__, "one with batch norms")
     require(passes >= 1, "passes", passes, "at least 1")
     batches = list(loader)
     require(bool(batches), "loader", batches, "one or more batches")
+    before = [(norm, copy.deepcopy(norm.state_dict()), norm.momentum) for norm in norms]
     modes = {module: module.training for module in model.modules()}
-    momenta = [norm.momentum for norm in norms]
     model.eval()
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None  # the mean of all batches
-        norm.train()
-    for _ in range(passes):
-        for each in batches:
-            run(model, each)
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum
-    for module, mode in modes.items():
-        module.training = mode
+    try:
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None  # the mean of all batches
+            norm.train()
+        for _ in range(passes):
+            for each in batches:
+                run(model, each)
+    except BaseException:
+        for norm, state, _ in before:
+            norm.load_state_dict(state)
+        raise
+    finally:
+        for norm, _, momentum in before:
+            norm.momentum = momentum
+        for module, mode in modes.items():
+            module.training = mode
 
 
 @torch.no_grad()
@@ -602,7 +629,7 @@ def allocate_bits_ip(
     require(
         smallest <= limit * (1 + 1e-9), "target_ratio", target_ratio, f"{smallest / FLOAT_BITS / sum(sizes)} or more"
     )
-    chosen = one_each(loss.T, size.T / limit, -np.inf, 1 + 1e-9)
+    chosen = one_each(loss.T, size.T / limit, -np.inf, 1)
     if chosen is None:
         raise ValueError("the integer programme has no solution")
     given = [widths[place] for place in chosen]

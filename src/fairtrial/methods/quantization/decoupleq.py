@@ -41,7 +41,15 @@ from fairtrial.methods.arguments import require
 from fairtrial.methods.quantization.gptq import divisor, error_feedback, gptq_round, round_half_up
 from fairtrial.methods.quantization.packing import PackedLinear, packed_layers
 from fairtrial.methods.quantization.packing import group_size as group_size_of
-from fairtrial.methods.quantization.quantize import Call, Found, Want, check_groups, check_rounding
+from fairtrial.methods.quantization.quantize import (
+    Call,
+    Found,
+    Grid,
+    Want,
+    check_groups,
+    check_rounding,
+    round_to,
+)
 from fairtrial.methods.registry import LogUniform, method
 
 SOLVERS = "gptq", "train"
@@ -389,10 +397,15 @@ def minimize_block(
             optimizer.step()
             total += loss.detach()
     mean = total.item() / len(inputs)
-    finite = math.isfinite(mean) and all(tensor.isfinite().all() for tensor in free)
-    require(finite, "lr", lr, "so small that the block's error stays finite")
     with torch.no_grad():
         held = parts()
+        stored = [
+            held[f"{name}.{part}"].to(getattr(layer, part).dtype)
+            for name, layer in packed.items()
+            for part in ("scale", "offset")
+        ]
+        finite = math.isfinite(mean) and all(tensor.isfinite().all() for tensor in [*free, *stored])
+        require(finite, "lr", lr, "so small that the block's error stays finite")
         for name, layer in packed.items():
             layer.scale = held[f"{name}.scale"].detach().to(layer.scale.dtype)
             layer.offset = held[f"{name}.offset"].to(layer.offset.dtype)
@@ -485,8 +498,17 @@ class DecoupleQ:
             inner_iters=self.inner_iters,
         )
         lowest = -(2 ** (self.bits - 1))
-        codes, offset = (numbers.to(torch.int16) - lowest).to(torch.uint8), zero + lowest * scale
-        return PackedLinear(codes, scale.to(self.scale_dtype), offset.to(self.scale_dtype), self.bits, layer.bias)
+        codes = (numbers.to(torch.int16) - lowest).to(torch.uint8)
+        held = Grid(scale, zero).held_in(self.scale_dtype).scale
+        moved = (held - scale).abs() > torch.finfo(self.scale_dtype).eps * scale.abs()  # too near to 0 to be held
+        scale = torch.where(moved, held, scale)
+        grid = Grid(scale, zero + lowest * scale).held_in(self.scale_dtype)
+        if moved.any():
+            anew = round_to(layer.weight.float().view(*scale.shape, -1), grid, self.bits).to(torch.uint8)
+            codes = torch.where(moved[..., None], anew, codes.view(anew.shape)).flatten(1)
+        return PackedLinear(
+            codes, grid.scale.to(self.scale_dtype), grid.offset.to(self.scale_dtype), self.bits, layer.bias
+        )
 
     def finish(self, block: nn.Module, inputs: Sequence[Call], targets: Sequence[Tensor]) -> None:
         if self.epochs:

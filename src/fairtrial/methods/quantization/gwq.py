@@ -26,15 +26,17 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from fairtrial.methods.arguments import require
-from fairtrial.methods.quantization.packing import PackedLinear
+from fairtrial.methods.quantization.packing import PackedLinear, put_in_place_of
 from fairtrial.methods.quantization.packing import group_size as group_size_of
 from fairtrial.methods.quantization.quantize import (
     Batch,
     Found,
     Grid,
     Want,
+    check_finite_weights,
     check_groups,
     check_rounding,
+    linear_layers,
     round_to,
     run,
     watching,
@@ -97,11 +99,7 @@ def gradient_outlier_mask(
         ValueError: an argument lies outside its range, there is no linear layer, or the loss gives one no finite
             gradient.
     """
-    names = [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and not any(name == each or name.endswith(f".{each}") for each in skip)
-    ]
+    names = [*linear_layers(model, skip)]
     require(bool(names), "model", type(model).__name__, "one with linear layers that are not skipped")
     check_ranking(ratio, scope, score, generator)
     return outliers(scores(model.eval(), [batch], names, score, loss, generator), ratio, scope)
@@ -270,6 +268,9 @@ def gwq_quantize(
 ) -> nn.Module:
     """Replace linear layers by packed ones that keep the weights which a mask names, in place; returns the model.
 
+    Of a model that is a layer itself it returns the new layer. A layer in several places goes by the first of its
+    names.
+
     Args:
         model: whatever has the layers.
         masks: of the layers to be quantised, by name, as `gradient_outlier_mask` gives them.
@@ -277,10 +278,11 @@ def gwq_quantize(
 
     Raises:
         ValueError: an argument lies outside its range, a mask has no linear layer that it fits, a group size does not
-            divide a layer, or a layer shares its weights with another module; nothing is changed then.
+            divide a layer, a layer shares its weights with another module or has some that are not finite, or
+            `scale_dtype` cannot hold its scales; nothing is changed then.
     """
     check_rounding(bits, group_size)
-    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    linears = linear_layers(model, ())
     owners = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
     for name, mask in masks.items():
         require(name in linears, "masks", name, "of linear layers that are not quantised yet")
@@ -289,8 +291,9 @@ def gwq_quantize(
         check_groups(name, linears[name], group_size)
         if owners[id(linears[name].weight)] > 1:
             raise ValueError(f"{name} shares its weights with another module, which quantising would part")
-    for name, mask in masks.items():
-        made = round_around(
+    check_finite_weights({name: linears[name] for name in masks})
+    made = {
+        name: round_around(
             linears[name],
             mask,
             bits,
@@ -299,8 +302,10 @@ def gwq_quantize(
             outlier_dtype=outlier_dtype,
             scale_dtype=scale_dtype,
         )
-        parent, _, last = name.rpartition(".")
-        setattr(model.get_submodule(parent), last, made)
+        for name, mask in masks.items()
+    }
+    for name, layer in made.items():
+        model = put_in_place_of(model, linears[name], layer)
     return model
 
 

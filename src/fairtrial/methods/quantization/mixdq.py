@@ -38,6 +38,7 @@ from fairtrial.methods.quantization.quantize import Batch, Found, RoundToNearest
 from fairtrial.methods.registry import method
 
 MOMENTUM = 0.95  # of running ranges
+LEAST_NOISE = 200.0  # dB of a layer that loses nothing
 BAND = 0.02  # bits that a mean may be off
 CONTENT = "attn2", "ff"  # what names of content layers hold
 Scores = Mapping[str, Mapping[int, float | int]]
@@ -416,9 +417,18 @@ class MixDQ:
 
         def outputs(of: nn.Module) -> Tensor:
             given = [run(of, batch) for batch in calibration]
-            return torch.cat([(y if isinstance(y, Tensor) else y[0]).flatten() for y in given])
+            return torch.cat([main(y).flatten() for y in given])
 
-        scores = layer_sensitivity(model, names, self.candidates, outputs, sqnr_db, grouped=self.group_size)
+        def main(output: Any) -> Tensor:
+            if isinstance(output, Tensor):
+                return output
+            logits: Tensor | None = getattr(output, "logits", None)  # stand behind the loss of a batch with labels
+            return output[0] if logits is None else logits
+
+        def ratio(pred: Tensor, ref: Tensor) -> float:
+            return min(sqnr_db(pred, ref), LEAST_NOISE)
+
+        scores = layer_sensitivity(model, names, self.candidates, outputs, ratio, grouped=self.group_size)
         sizes = {name: model.get_submodule(name).get_parameter("weight").numel() for name in names}
         return allocate_bits(scores, sizes, self.bits, self.candidates, self.tol)
 

@@ -7,6 +7,7 @@ blocks before it give, and no more than one block's statistics are held at once.
 """
 
 import inspect
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from fairtrial.methods.arguments import require
 from fairtrial.methods.quantization.packing import (
@@ -23,6 +25,7 @@ from fairtrial.methods.quantization.packing import (
     PackedLinear,
     group_size,
     packed_layers,
+    put_in_place_of,
     quantised_layers,
 )
 
@@ -70,6 +73,9 @@ def quantize_(
 ) -> nn.Module:
     """Quantise the linear layers of a model in place; returns the model.
 
+    Of a model that is a layer itself it returns the new layer. A layer in several places has the new one in all, unless
+    one is skipped. The output projection of `nn.MultiheadAttention` is left alone: its weights are read without a call.
+
     Args:
         model: any module with `nn.Linear`s; it is put into evaluation mode.
         config: how, such as `RoundToNearest(bits=4)`.
@@ -78,11 +84,16 @@ def quantize_(
         progress: told the name of every layer that is done.
 
     Raises:
-        ValueError: there is nothing to quantise, the model has been quantised before, a layer shares its weights,
-            calibration data are missing or not finite, or the configuration refuses a layer; nothing is changed then.
-            Also if calibration data never reach a layer, which may be found after others have been quantised.
+        ValueError: there is nothing to quantise, the model has been quantised before, a layer shares its weights or has
+            some that are not finite, calibration data are missing, not finite or never reach a layer, or the
+            configuration refuses a layer. The model is as it was then, as it is after any other exception.
     """
-    names = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and not skipped(n, skip)]
+    given = isinstance(config, Config) and not isinstance(config, type)
+    require(given, "config", config, "a configuration such as RoundToNearest(bits=4)")
+    several = not isinstance(calibration, Tensor | Mapping)
+    require(several, "calibration", f"a single {type(calibration).__name__}", "batches, such as a list of them")
+    layers = linear_layers(model, skip)
+    names = [*layers]
     done = next(quantised_layers(model), None)
     if done is not None:
         raise ValueError(f"the model has been quantised already: {done[0]} is a {type(done[1]).__name__}")
@@ -91,6 +102,7 @@ def quantize_(
     shared = _shared_weights(model, names)
     if shared:
         raise ValueError(f"{shared} shares its weights with another module, which quantising would part: skip it")
+    check_finite_weights(layers)
     batches = list(calibration)
     for number, batch in enumerate(batches):
         _check_finite(batch, number)
@@ -101,25 +113,46 @@ def quantize_(
     prepare = getattr(config, "prepare", None)
     if (config.wants or prepare is not None) and not batches:
         raise ValueError(f"{type(config).__name__} needs calibration data, got none")
-    model.eval()
-    prepared = prepare(model, batches, names) if prepare is not None else {}
+    with ExitStack() as undo:
+        for module in model.modules():
+            undo.callback(setattr, module, "training", module.training)
+        model.eval()
+        prepared = prepare(model, batches, names) if prepare is not None else {}
 
-    def replace(name: str, found: Found) -> None:
-        found.prepared = prepared.get(name)
-        new = config.quantize(name, model.get_submodule(name), found)
-        parent, _, last = name.rpartition(".")
-        setattr(model.get_submodule(parent), last, new)
-        progress(name)
+        def replace(name: str, found: Found) -> None:
+            nonlocal model
+            found.prepared = prepared.get(name)
+            layer = model.get_submodule(name)
+            new = config.quantize(name, layer, found)
+            undo.callback(put_in_place_of, model, new, layer)
+            model = put_in_place_of(model, layer, new)
+            progress(name)
 
-    chain = chain_of_blocks(model)
-    if not config.wants and not hasattr(config, "finish"):
-        for name in names:
-            replace(name, Found())
-    elif chain is not None:
-        _through_chain(model, *chain, config, batches, names, replace)
-    else:
-        _layer_by_layer(model, config, batches, names, replace)
+        def finish(block: nn.Module, calls: Sequence[Call], targets: Sequence[Tensor]) -> None:
+            for tensor in block.parameters():
+                undo.callback(tensor.detach().copy_, tensor.detach().clone())
+            config.finish(block, calls, targets)
+
+        finishes = hasattr(config, "finish")
+        chain = recorded_chain(model, batches) if config.wants or finishes else None
+        if not config.wants and not finishes:
+            for name in names:
+                replace(name, Found())
+        elif chain is not None:
+            _through_chain(model, chain, config.wants, batches, names, replace, finish if finishes else None)
+        else:
+            _layer_by_layer(model, config, batches, names, replace)
+        undo.pop_all()
     return model
+
+
+def linear_layers(model: nn.Module, skip: Sequence[str]) -> dict[str, nn.Linear]:
+    """The linear layers that can be replaced, each by the first of its names; none of which a name is to be skipped."""
+    names: dict[nn.Linear, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, nn.Linear) and not isinstance(module, NonDynamicallyQuantizableLinear):
+            names.setdefault(module, []).append(name)
+    return {each[0]: layer for layer, each in names.items() if not any(skipped(name, skip) for name in each)}
 
 
 def skipped(name: str, skip: Sequence[str]) -> bool:
@@ -134,6 +167,13 @@ def _shared_weights(model: nn.Module, names: Sequence[str]) -> str | None:
         for p in module.parameters(recurse=False):
             owners[p] = owners.get(p, 0) + 1
     return next((n for n in names if owners[model.get_submodule(n).get_parameter("weight")] > 1), None)
+
+
+def check_finite_weights(layers: Mapping[str, Any]) -> None:
+    """Refuse layers with weights that are not finite, by name."""
+    for name, layer in layers.items():
+        if not layer.weight.isfinite().all():
+            raise ValueError(f"the weights of {name or 'the layer'} are not finite")
 
 
 def _check_finite(batch: Batch, number: int) -> None:
@@ -156,7 +196,10 @@ def watching(layers: Mapping[str, nn.Module], tell: Callable[[str, Tensor, Any],
     """Within, `tell(name, input, output)` hears of every call of the layers."""
     with ExitStack() as stack:
         for name, layer in layers.items():
-            handle = layer.register_forward_hook(lambda module, args, output, name=name: tell(name, args[0], output))
+            handle = layer.register_forward_hook(
+                lambda module, args, kwargs, output, name=name: tell(name, (*args, *kwargs.values())[0], output),
+                with_kwargs=True,
+            )
             stack.callback(handle.remove)
         yield
 
@@ -211,14 +254,17 @@ def _layer_by_layer(
     names: Sequence[str],
     replace: Callable[[str, Found], None],
 ) -> None:
-    floats: dict[str, Tensor] = {}
-    if "float inputs" in config.wants:
-        watch = watched(model, names, frozenset({"inputs"}), batches)
-        floats = {name: torch.cat(rows) for name, rows in watch.rows.items()}
+    floats = _float_inputs(model, names, batches) if "float inputs" in config.wants else {}
     for name in _in_order(model, batches[0], names):
         found = watched(model, [name], config.wants, batches).found(name)
         found.float_inputs = floats.pop(name, None)
         replace(name, found)
+
+
+def _float_inputs(model: nn.Module, names: Sequence[str], batches: Sequence[Batch]) -> dict[str, Tensor]:
+    """The rows that layers see before anything is quantised."""
+    rows = watched(model, names, frozenset({"inputs"}), batches).rows
+    return {name: torch.cat(of_layer) for name, of_layer in rows.items()}
 
 
 def _in_order(model: nn.Module, batch: Batch, names: Sequence[str]) -> list[str]:
@@ -237,14 +283,36 @@ def _in_order(model: nn.Module, batch: Batch, names: Sequence[str]) -> list[str]
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
-class _Reached(Exception):
-    """The first block has been called."""
+@dataclass
+class Chain:
+    """Blocks of which each takes what the one before it gives.
+
+    Attributes:
+        prefix: the name of their list.
+        blocks: the list.
+        inputs: what the first block takes, for each batch.
+        others: for each batch, what each block is called with beside that.
+    """
+
+    prefix: str
+    blocks: nn.ModuleList
+    inputs: list[Tensor]
+    others: list[list[Call]]
+
+    def calls(self, place: int, inputs: Sequence[Tensor]) -> list[Call]:
+        """The calls of a block on these inputs, one for each batch."""
+        others = [of_batch[place] for of_batch in self.others]
+        return [((x, *args), kwargs) for x, (args, kwargs) in zip(inputs, others, strict=True)]
+
+
+class _NoChain(Exception):
+    """A block is not called as a part of a chain."""
 
 
 def chain_of_blocks(model: nn.Module) -> tuple[str, nn.ModuleList] | None:
-    """The name and the list of a model's equal blocks, which its `forward` calls one after the other.
+    """The name and the list of a model's equal blocks, which may be a chain.
 
-    None if there is no list of at least two blocks of one class, with linear layers, whose outputs the next one takes.
+    None if there is no list of at least two blocks of one class, with linear layers; else the first of the longest.
     """
     found: tuple[str, nn.ModuleList] | None = None
     for name, module in model.named_modules():
@@ -256,26 +324,106 @@ def chain_of_blocks(model: nn.Module) -> tuple[str, nn.ModuleList] | None:
     return found
 
 
+def recorded_chain(model: nn.Module, batches: Sequence[Batch]) -> Chain | None:
+    """The model's chain of blocks, and how it is called on the batches; None if it has no chain.
+
+    On every batch each block must be called once, with what the one before it gave as first argument, and with nothing
+    else that an earlier one gave.
+    """
+    found = chain_of_blocks(model)
+    if found is None:
+        return None
+    chain = Chain(*found, [], [])
+    try:
+        for batch in batches:
+            first, others = _calls_along(model, chain.blocks, batch)
+            chain.inputs.append(first)
+            chain.others.append(others)
+    except _NoChain:
+        return None
+    return chain
+
+
+def _calls_along(model: nn.Module, blocks: nn.ModuleList, batch: Batch) -> tuple[Tensor, list[Call]]:
+    """What the first block takes, and what each is called with beside its input."""
+    calls: list[Call] = []
+    first = last = torch.empty(0)
+    version: int | None = None
+    given: list[weakref.ref[Tensor]] = []  # all that blocks gave, without keeping it
+
+    def before(place: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        nonlocal first
+        if place != len(calls) or not args or not isinstance(args[0], Tensor):
+            raise _NoChain
+        others = args[1:], kwargs
+        if place == 0:
+            first = args[0]
+        elif args[0] is not last or _version(last) != version:
+            raise _NoChain
+        if any(tensor is ref() for tensor in _tensors(others) for ref in given):
+            raise _NoChain
+        calls.append(others)
+
+    def after(output: Any) -> None:
+        nonlocal last, version
+        main = _main(output)
+        if not isinstance(main, Tensor):
+            raise _NoChain
+        last, version = main, _version(main)
+        given.extend(weakref.ref(tensor) for tensor in _tensors(output))
+
+    with ExitStack() as stack:
+        for place, block in enumerate(blocks):
+            handles = (
+                block.register_forward_pre_hook(
+                    lambda module, args, kwargs, place=place: before(place, args, kwargs), with_kwargs=True
+                ),
+                block.register_forward_hook(lambda module, args, output: after(output)),
+            )
+            for handle in handles:
+                stack.callback(handle.remove)
+        run(model, _without_cache(model, batch))
+    if len(calls) != len(blocks):
+        raise _NoChain
+    return first, calls
+
+
+def _version(tensor: Tensor) -> int | None:
+    """How often a tensor was changed in place, where PyTorch counts it."""
+    return None if tensor.is_inference() else tensor._version
+
+
+def _tensors(given: Any) -> Iterator[Tensor]:
+    """The tensors in nested tuples, lists and mappings."""
+    if isinstance(given, Tensor):
+        yield given
+    elif isinstance(given, Mapping | tuple | list):
+        for each in given.values() if isinstance(given, Mapping) else given:
+            yield from _tensors(each)
+
+
 def _through_chain(
     model: nn.Module,
-    prefix: str,
-    blocks: nn.ModuleList,
-    config: Config,
+    chain: Chain,
+    wants: frozenset[Want],
     batches: Sequence[Batch],
     names: Sequence[str],
     replace: Callable[[str, Found], None],
+    finish: Callable[[nn.Module, Sequence[Call], Sequence[Tensor]], None] | None,
 ) -> None:
-    calls = [_first_call(model, blocks[0], batch) for batch in batches]
-    floats = calls if "float inputs" in config.wants else None
-    finish = getattr(config, "finish", None)
-    for place, block in enumerate(blocks):
-        inside = {n: model.get_submodule(n) for n in names if n.startswith(f"{prefix}.{place}.")}
-        watch = Watch(config.wants)
+    outside = [name for name in names if not name.startswith(f"{chain.prefix}.")]
+    outside_floats = _float_inputs(model, outside, batches) if "float inputs" in wants and outside else {}
+    inputs, chain.inputs = chain.inputs, []
+    floats = inputs if "float inputs" in wants else None
+    for place, block in enumerate(chain.blocks):
+        inside = {n: model.get_submodule(n) for n in names if n.startswith(f"{chain.prefix}.{place}.")}
+        calls = chain.calls(place, inputs)
+        watch = Watch(wants)
         with watching(inside, watch.see):
-            targets = [_output(block, call) for call in (floats or calls)]
+            targets = [_output(block, call) for call in (calls if floats is None else chain.calls(place, floats))]
         seen_by_float = dict(watch.rows) if floats is not None else {}
         if floats is not None:
-            watch = Watch(config.wants)
+            watch = Watch(wants)
             with watching(inside, watch.see):
                 for call in calls:
                     _output(block, call)
@@ -284,57 +432,38 @@ def _through_chain(
             if floats is not None:
                 found.float_inputs = torch.cat(seen_by_float.pop(name))
             replace(name, found)
-        if finish is not None:
+        if finish is not None and inside:
             finish(block, calls, targets)
         if floats is not None:
-            floats = [_next(call, out) for call, out in zip(floats, targets, strict=True)]
-        calls = [_next(call, _output(block, call)) for call in calls]
-    for name in names:
-        if not name.startswith(f"{prefix}."):  # what is not in the chain, with all of the chain quantised
-            found = watched(model, [name], config.wants, batches).found(name)
-            found.float_inputs = found.inputs if "float inputs" in config.wants else None
-            replace(name, found)
-
-
-def _first_call(model: nn.Module, block: nn.Module, batch: Batch) -> Call:
-    """The arguments that the first block is called with."""
-    caught: list[Call] = []
-
-    def catch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        caught.append((args, kwargs))
-        raise _Reached
-
-    handle = block.register_forward_pre_hook(catch, with_kwargs=True)
-    try:
-        run(model, _without_cache(model, batch))
-    except _Reached:
-        pass
-    finally:
-        handle.remove()
-    return caught[0]
+            floats = targets
+        inputs = [_output(block, call) for call in calls]
+    for name in outside:  # with all of the chain quantised
+        found = watched(model, [name], wants, batches).found(name)
+        found.float_inputs = outside_floats.pop(name, None)
+        replace(name, found)
 
 
 def _without_cache(model: nn.Module, batch: Batch) -> Batch:
     """The batch for a model of transformers, told not to keep keys and values."""
-    if "use_cache" not in inspect.signature(model.forward).parameters:
+    parameters = inspect.signature(model.forward)
+    if "use_cache" not in parameters.parameters:
         return batch
     no: Any = {"use_cache": False}
     if isinstance(batch, Tensor):
         return {"input_ids": batch, **no}
-    return {**batch, **no} if isinstance(batch, Mapping) else batch
+    return {**(batch if isinstance(batch, Mapping) else parameters.bind_partial(*batch).arguments), **no}
 
 
 @torch.no_grad()
 def _output(block: nn.Module, call: Call) -> Tensor:
     args, kwargs = call
-    output = block(*args, **kwargs)
-    first: Tensor = output[0] if isinstance(output, tuple) else output
-    return first
+    output: Tensor = _main(block(*args, **kwargs))
+    return output
 
 
-def _next(call: Call, output: Tensor) -> Call:
-    args, kwargs = call
-    return (output, *args[1:]), kwargs
+def _main(output: Any) -> Any:
+    """The first of what a block gives, which the next one takes."""
+    return output[0] if isinstance(output, tuple) else output
 
 
 # Round to nearest --------------------------------------------------------------------------------------------------
@@ -356,10 +485,17 @@ class Grid:
         """The grid that is left when scale and offset are stored in another dtype; in the dtype that it had.
 
         A scale too near to 0 for the other dtype becomes the least that it has, for codes are found by dividing by it.
+
+        Raises:
+            ValueError: a scale or offset is too large for the other dtype.
         """
         least = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
         scale = torch.where(self.scale.abs() < least, torch.copysign(torch.tensor(least), self.scale), self.scale)
-        return Grid(scale.to(dtype).to(self.scale.dtype), self.offset.to(dtype).to(self.offset.dtype))
+        held = Grid(scale.to(dtype).to(self.scale.dtype), self.offset.to(dtype).to(self.offset.dtype))
+        if not (held.scale.isfinite().all() and held.offset.isfinite().all()):
+            largest = max(scale.abs().max().item(), self.offset.abs().max().item())
+            require(False, "scale_dtype", dtype, f"one that holds scales and offsets of up to {largest:.3g}")
+        return held
 
 
 def fit_range(grouped: Float[Tensor, "o g s"], bits: int, *, symmetric: bool = False) -> Grid:
@@ -386,13 +522,13 @@ def round_to(grouped: Float[Tensor, "o g s"], grid: Grid, bits: int) -> Float[Te
 def for_inference_(model: nn.Module) -> nn.Module:
     """Put packed layers that PyTorch's CPU kernels take into their layouts, in place; the model can no longer be saved.
 
-    They take 4 bits in groups of 32, 64, 128 or 256, and 8 bits with a scale for each row.
+    They take 4 bits in groups of 32, 64, 128 or 256, and 8 bits with a scale for each row. Returns the model; of one
+    that is a packed layer itself the new layer.
     """
-    for name, layer in list(packed_layers(model)):
+    for _, layer in list(packed_layers(model)):
         for kind in (CPUInt4Linear, CPUInt8Linear):
             if kind.takes(layer):
-                parent, _, last = name.rpartition(".")
-                setattr(model.get_submodule(parent), last, kind(layer))
+                model = put_in_place_of(model, layer, kind(layer))
     return model
 
 

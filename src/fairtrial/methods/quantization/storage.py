@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fairtrial.methods.quantization.packing import PackedLinear, packed_layers
+from fairtrial.methods.arguments import require
+from fairtrial.methods.quantization.packing import PackedLinear, packed_layers, put_in_place_of, quantised_layers
 
 Read = Callable[[str], Tensor | None]  # one of a layer's tensors, by its name there; None if the file has none
 
@@ -71,7 +72,9 @@ class FileFormat:
                 for name, held in json.loads(about["layers"]).items()
             }
         own = {f"{name}.{part}": buffer for name, layer in made.items() for part, buffer in layer.named_buffers()}
-        rest = {n: t for n, t in model.state_dict().items() if not any(n.startswith(f"{name}.") for name in made)}
+        linears = {name: model.get_submodule(name) for name in made}
+        replaced = [n for n, m in model.named_modules(remove_duplicate=False) if m in linears.values()]
+        rest = {n: t for n, t in model.state_dict().items() if not any(n.startswith(f"{name}.") for name in replaced)}
         there = {t.data_ptr() for n, t in rest.items() if n in shapes}  # a file has shared tensors once
         for name in shapes:
             if name not in own and name not in rest:
@@ -82,8 +85,7 @@ class FileFormat:
             if name in shapes and shapes[name] != tuple(held.shape):
                 raise ValueError(f"{name} has shape {shapes[name]} in {path}, the model needs {tuple(held.shape)}")
         for name, layer in made.items():
-            parent, _, last = name.rpartition(".")
-            setattr(model.get_submodule(parent), last, layer)
+            put_in_place_of(model, linears[name], layer)
         load_model(model, str(path))
         return model
 
@@ -105,7 +107,7 @@ def save_packed(model: nn.Module, path: str | Path) -> None:
     """Write a model with packed layers into a file, with what each of them is.
 
     Raises:
-        ValueError: the model has no packed layer.
+        ValueError: the model has no packed layer, is one itself, or has other quantised layers, too.
     """
     layers = {
         name: {"bits": layer.bits, "groups": layer.groups, "kept": None if layer.kept is None else len(layer.kept)}
@@ -113,6 +115,10 @@ def save_packed(model: nn.Module, path: str | Path) -> None:
     }
     if not layers:
         raise ValueError("the model has no packed layer: quantise it first, and save it before for_inference_")
+    require("" not in layers, "model", type(model).__name__, "a model that has packed layers, not one itself")
+    for name, layer in quantised_layers(model):
+        if not isinstance(layer, PackedLinear):
+            raise ValueError(f"{name} is a {type(layer).__name__}, which packed files do not hold: save it before")
     PACKED.save(model, path, layers)
 
 
