@@ -42,7 +42,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from fairtrial.methods.arguments import require
 from fairtrial.methods.quantization.fake_quantization import round_through
 from fairtrial.methods.quantization.integer_programme import one_each
-from fairtrial.methods.quantization.packing import PackedLinear, group_size, put_in_place_of
+from fairtrial.methods.quantization.packing import PackedLinear, group_size
 from fairtrial.methods.quantization.quantize import (
     Batch,
     Found,
@@ -51,6 +51,7 @@ from fairtrial.methods.quantization.quantize import (
     check_finite_weights,
     check_groups,
     check_rounding,
+    put_in_place_of,
     round_to,
     run,
     watching,

@@ -26,7 +26,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from fairtrial.methods.arguments import require
-from fairtrial.methods.quantization.packing import PackedLinear, put_in_place_of
+from fairtrial.methods.quantization.packing import PackedLinear
 from fairtrial.methods.quantization.packing import group_size as group_size_of
 from fairtrial.methods.quantization.quantize import (
     Batch,
@@ -37,6 +37,7 @@ from fairtrial.methods.quantization.quantize import (
     check_groups,
     check_rounding,
     linear_layers,
+    put_in_place_of,
     round_to,
     run,
     watching,

@@ -128,11 +128,6 @@ class PackedLinear(nn.Module):
             weight.view(-1)[self.kept_at.long()] = self.kept.to(dtype)
         return weight.view(self.out_features, self.in_features)
 
-    @property
-    def weight(self) -> Float[Tensor, "o i"]:
-        """The weights, for whoever reads them past `forward`; in the dtype of the bias, without one in float32."""
-        return self.dequantize(torch.float32 if self.bias is None else self.bias.dtype)
-
     def forward(self, x: Float[Tensor, "*b i"]) -> Float[Tensor, "*b o"]:
         return F.linear(x, self.dequantize(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
 
@@ -159,7 +154,7 @@ class CPUInt4Linear(nn.Module):
         ValueError: the layer is not like that.
     """
 
-    packed: Tensor
+    weight: Tensor
     scale_and_zero: Tensor
     bias: Tensor | None
 
@@ -168,8 +163,8 @@ class CPUInt4Linear(nn.Module):
         require(self.takes(packed), "packed", packed, "a layer that PyTorch's kernel for 4 bits on the CPU takes")
         self.in_features, self.out_features = packed.in_features, packed.out_features
         self.group_size = packed.in_features // packed.groups
-        codes = torch._convert_weight_to_int4pack_for_cpu(packed.codes().int(), 1)
-        self.register_buffer("packed", codes, persistent=False)
+        weight = torch._convert_weight_to_int4pack_for_cpu(packed.codes().int(), 1)
+        self.register_buffer("weight", weight, persistent=False)
         # the kernel's own form is scale · (code - 8) + zero, groups first
         scale, offset = packed.scale.float(), packed.offset.float()
         both = torch.stack([scale.t(), (offset + 8 * scale).t()], -1)
@@ -182,18 +177,9 @@ class CPUInt4Linear(nn.Module):
         fits = layer.in_features // layer.groups in (32, 64, 128, 256) and layer.out_features % 16 == 0
         return layer.bits == 4 and fits and _all_codes_on_cpu(layer)
 
-    @property
-    def weight(self) -> Float[Tensor, "o i"]:
-        """The weights, as exact as bfloat16, for who reads them past `forward`; in the dtype of a packed layer's."""
-        unit = torch.eye(self.in_features, dtype=torch.bfloat16, device=self.packed.device)
-        return self._product(unit).t().to(torch.float32 if self.bias is None else self.bias.dtype)
-
-    def _product(self, rows: Tensor) -> Tensor:
-        grid = self.scale_and_zero.bfloat16()
-        return torch._weight_int4pack_mm_for_cpu(rows, self.packed, self.group_size, grid)
-
     def forward(self, x: Float[Tensor, "*b i"]) -> Float[Tensor, "*b o"]:
-        y = self._product(x.reshape(-1, self.in_features).bfloat16()).to(x.dtype)
+        rows = x.reshape(-1, self.in_features).bfloat16()
+        y = torch._weight_int4pack_mm_for_cpu(rows, self.weight, self.group_size, self.scale_and_zero).to(x.dtype)
         return (y if self.bias is None else y + self.bias.to(x.dtype)).view(*x.shape[:-1], self.out_features)
 
     def bits_per_weight(self) -> float:
@@ -216,7 +202,7 @@ class CPUInt8Linear(nn.Module):
     """
 
     FEW = 8
-    codes: Tensor
+    weight: Tensor
     scale: Tensor
     shift: Tensor
     ones: Tensor
@@ -227,7 +213,7 @@ class CPUInt8Linear(nn.Module):
         require(self.takes(packed), "packed", packed, "a layer that PyTorch's kernel for 8 bits on the CPU takes")
         self.in_features, self.out_features = packed.in_features, packed.out_features
         scale, offset = packed.scale.float().flatten(), packed.offset.float().flatten()
-        self.register_buffer("codes", (packed.codes().short() - 128).to(torch.int8), persistent=False)
+        self.register_buffer("weight", (packed.codes().short() - 128).to(torch.int8), persistent=False)
         self.register_buffer("scale", scale, persistent=False)
         self.register_buffer("shift", offset + 128 * scale, persistent=False)  # what the code 128 stands for
         self.register_buffer("ones", torch.ones_like(scale, dtype=torch.bfloat16), persistent=False)
@@ -238,20 +224,14 @@ class CPUInt8Linear(nn.Module):
         """Whether one can be made of a layer."""
         return layer.bits == 8 and layer.groups == 1 and _all_codes_on_cpu(layer)
 
-    @property
-    def weight(self) -> Float[Tensor, "o i"]:
-        """The weights, for whoever reads them past `forward`; in the dtype of a packed layer's."""
-        weight = torch.addcmul(self.shift.float()[:, None], self.codes.float(), self.scale.float()[:, None])
-        return weight.to(torch.float32 if self.bias is None else self.bias.dtype)
-
     def forward(self, x: Float[Tensor, "*b i"]) -> Float[Tensor, "*b o"]:
         rows = x.reshape(-1, self.in_features).bfloat16()
         if len(rows) < self.FEW:
-            y = torch._weight_int8pack_mm(rows, self.codes, self.ones.bfloat16())
+            y = torch._weight_int8pack_mm(rows, self.weight, self.ones)
         else:
-            y = F.linear(rows, self.codes.bfloat16())
-        shifted = rows.sum(1, keepdim=True, dtype=torch.float32) * self.shift.float()
-        y = torch.addcmul(shifted, y.float(), self.scale.float()).to(x.dtype)
+            y = F.linear(rows, self.weight.bfloat16())
+        shifted = rows.sum(1, keepdim=True, dtype=torch.float32) * self.shift
+        y = torch.addcmul(shifted, y.float(), self.scale).to(x.dtype)
         return (y if self.bias is None else y + self.bias.to(x.dtype)).view(*x.shape[:-1], self.out_features)
 
     def bits_per_weight(self) -> float:
@@ -273,16 +253,6 @@ def bits_held(layer: Any) -> float:
 def packed_layers(model: nn.Module) -> Iterator[tuple[str, PackedLinear]]:
     """The packed layers of a model, by name."""
     yield from ((name, module) for name, module in model.named_modules() if isinstance(module, PackedLinear))
-
-
-def put_in_place_of(model: nn.Module, old: nn.Module, new: nn.Module) -> nn.Module:
-    """Put a module wherever another is in a model; returns the model, or the new module if the other is the model."""
-    if model is old:
-        return new
-    for name in [name for name, module in model.named_modules(remove_duplicate=False) if module is old]:
-        parent, _, last = name.rpartition(".")
-        setattr(model.get_submodule(parent), last, new)
-    return model
 
 
 def quantised_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

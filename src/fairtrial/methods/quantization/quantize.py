@@ -25,7 +25,6 @@ from fairtrial.methods.quantization.packing import (
     PackedLinear,
     group_size,
     packed_layers,
-    put_in_place_of,
     quantised_layers,
 )
 
@@ -153,6 +152,16 @@ def linear_layers(model: nn.Module, skip: Sequence[str]) -> dict[str, nn.Linear]
         if isinstance(module, nn.Linear) and not isinstance(module, NonDynamicallyQuantizableLinear):
             names.setdefault(module, []).append(name)
     return {each[0]: layer for layer, each in names.items() if not any(skipped(name, skip) for name in each)}
+
+
+def put_in_place_of(model: nn.Module, old: nn.Module, new: nn.Module) -> nn.Module:
+    """Put a module wherever another is in a model; returns the model, or the new module if the other is the model."""
+    if model is old:
+        return new
+    for name in [name for name, module in model.named_modules(remove_duplicate=False) if module is old]:
+        parent, _, last = name.rpartition(".")
+        setattr(model.get_submodule(parent), last, new)
+    return model
 
 
 def skipped(name: str, skip: Sequence[str]) -> bool:

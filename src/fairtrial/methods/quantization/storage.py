@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from fairtrial.methods.arguments import require
-from fairtrial.methods.quantization.packing import PackedLinear, packed_layers, put_in_place_of, quantised_layers
+from fairtrial.methods.quantization.packing import PackedLinear, packed_layers, quantised_layers
+from fairtrial.methods.quantization.quantize import put_in_place_of
 
 Read = Callable[[str], Tensor | None]  # one of a layer's tensors, by its name there; None if the file has none
 
