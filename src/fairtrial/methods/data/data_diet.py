@@ -19,7 +19,6 @@ points to an error in how the framework of the time restored checkpoints (Kirsch
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -31,23 +30,12 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Sampler, SequentialSampler
 
 from fairtrial.methods.arguments import require
+from fairtrial.methods.evaluation import evaluating
 from fairtrial.methods.losses.classification import check_scores
 from fairtrial.methods.registry import Uniform, method
 
 SCORING_MEMBERS = 3  # initialisations that a task's scores are averaged over; the paper takes 10
 SCORING_FRACTION = 0.1  # of the task's training steps before scoring: epoch 20 of 200
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode within, and every module's own mode again after."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 def _score_all(
@@ -110,7 +98,7 @@ def el2n_scores(model: nn.Module, loader: Iterable[Sequence[Tensor]], *, ord: in
         norm: Tensor = torch.linalg.vector_norm(p, ord, dim=1)
         return norm
 
-    with _evaluating(model), torch.no_grad():
+    with evaluating(model), torch.no_grad():
         return _score_all(model, loader, score)
 
 
@@ -158,7 +146,7 @@ def grand_scores(
             _check_outputs(model(x[:1]).repeat_interleave(len(y), 0), y)
         return vmap(gradient_norm, chunk_size=chunk_size)(x, y)
 
-    with _evaluating(model):
+    with evaluating(model):
         return _score_all(model, loader, score)
 
 

@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from fairtrial.methods.arguments import require
+from fairtrial.methods.evaluation import evaluating
 
 
 def check_ball(epsilon: float, steps: int, step_size: float | None, norm: str) -> None:
@@ -45,20 +46,16 @@ def worst_inputs(
         generator: what the start is drawn from; torch's global one by default.
     """
     check_ball(epsilon, steps, step_size, norm)
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
     clean = x.detach()
     length = epsilon / 4 if step_size is None else step_size
     device = clean.device if generator is None else generator.device
     uniform = torch.rand(clean.shape, generator=generator, device=device, dtype=clean.dtype).to(clean.device)
     delta = _projected(epsilon * (2 * uniform - 1), epsilon, norm)
-    with torch.enable_grad():
+    with evaluating(model), torch.enable_grad():
         for _ in range(steps):
             moved = (clean + delta).requires_grad_()
             (gradient,) = torch.autograd.grad(objective(model(moved)).sum(), moved)
             delta = _projected(delta + length * _direction(gradient, norm), epsilon, norm)
-    for module, training in modes:
-        module.training = training
     return clean + delta
 
 

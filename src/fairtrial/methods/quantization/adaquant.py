@@ -40,6 +40,7 @@ from torch.nn import functional as F
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from fairtrial.methods.arguments import require
+from fairtrial.methods.evaluation import evaluating
 from fairtrial.methods.quantization.fake_quantization import round_through
 from fairtrial.methods.quantization.integer_programme import one_each
 from fairtrial.methods.quantization.packing import PackedLinear, group_size
@@ -476,16 +477,15 @@ def retune_batchnorm(model: nn.Module, loader: Iterable[Batch], passes: int = 1)
     batches = list(loader)
     require(bool(batches), "loader", batches, "one or more batches")
     before = [(norm, copy.deepcopy(norm.state_dict()), norm.momentum) for norm in norms]
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
     try:
-        for norm in norms:
-            norm.reset_running_stats()
-            norm.momentum = None  # the mean of all batches
-            norm.train()
-        for _ in range(passes):
-            for each in batches:
-                run(model, each)
+        with evaluating(model):
+            for norm in norms:
+                norm.reset_running_stats()
+                norm.momentum = None  # the mean of all batches
+                norm.train()
+            for _ in range(passes):
+                for each in batches:
+                    run(model, each)
     except BaseException:
         for norm, state, _ in before:
             norm.load_state_dict(state)
@@ -493,8 +493,6 @@ def retune_batchnorm(model: nn.Module, loader: Iterable[Batch], passes: int = 1)
     finally:
         for norm, _, momentum in before:
             norm.momentum = momentum
-        for module, mode in modes.items():
-            module.training = mode
 
 
 @torch.no_grad()

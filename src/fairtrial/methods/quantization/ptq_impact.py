@@ -20,7 +20,6 @@ A format is the more resilient the smaller its largest |D_q(T)| and the smaller 
 import copy
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from time import perf_counter
 from typing import Any, ClassVar, NamedTuple
@@ -31,6 +30,7 @@ from torch import Tensor, nn
 
 from fairtrial.methods.arguments import require
 from fairtrial.methods.decoding.sampling import Continuation, end_tokens
+from fairtrial.methods.evaluation import evaluating
 from fairtrial.methods.quantization.quantize import Found, Want, quantize_, tensor_bytes
 from fairtrial.methods.quantization.weight_formats import FORMATS, FormatLinear, check_format, check_weight, in_format
 
@@ -247,18 +247,6 @@ def _generations(
                     "tokens_per_second": int(lengths.sum()) / seconds,
                     "peak_bytes": peak,
                 }
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """A model in evaluation mode; afterwards each of its modules is in the mode that it was in."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 def left_padded(

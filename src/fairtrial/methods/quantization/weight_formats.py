@@ -158,6 +158,43 @@ def _above_zero(scale: Float[Tensor, "*r"]) -> Float[Tensor, "*r"]:
     return torch.where(scale > 0, scale, 1)
 
 
+# Layers --------------------------------------------------------------------------------------------------------------
+
+
+class FormatLinear(nn.Module):
+    """A linear layer whose weights are in one of the formats.
+
+    Attributes:
+        in_features, out_features: its sizes.
+        bias: of the layer.
+    """
+
+    in_features: int
+    out_features: int
+    bias: Tensor | None
+
+    @property
+    def format(self) -> str:
+        """One of `FORMATS`."""
+        raise NotImplementedError
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Float[Tensor, "o i"]:
+        """The weights as numbers of a dtype."""
+        raise NotImplementedError
+
+    @property
+    def weight(self) -> Float[Tensor, "o i"]:
+        """For modules that read their layers' weights; in the dtype of the bias, without one in float32."""
+        return self.dequantize(torch.float32 if self.bias is None else self.bias.dtype)
+
+    def forward(self, x: Float[Tensor, "*b i"]) -> Float[Tensor, "*b o"]:
+        return F.linear(x, self.dequantize(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+
+    def bits_per_weight(self) -> float:
+        """All that is held beside the bias, scales included."""
+        return bits_held(self)
+
+
 # Four bits ---------------------------------------------------------------------------------------------------------
 
 
@@ -215,7 +252,7 @@ def quantize_4bit(
     return Quantized4Bit(codes, double_quantize(absmax) if double_quant else absmax, kind, block_size)
 
 
-class TableLinear(nn.Module):
+class TableLinear(FormatLinear):
     """A linear layer with packed 4-bit codes of a table, two in a byte, the first in the lower bits.
 
     Args:
@@ -227,7 +264,6 @@ class TableLinear(nn.Module):
     scale: Tensor
     absmax_codes: Tensor | None
     mean: Tensor | None
-    bias: Tensor | None
 
     def __init__(self, weight: Quantized4Bit, bias: Float[Tensor, " o"] | None = None) -> None:
         super().__init__()
@@ -262,18 +298,6 @@ class TableLinear(nn.Module):
         levels = F.embedding(self.packed.int(), _pairs(self.kind, dtype, self.packed.device)).flatten()[:count]
         blocks = in_blocks(levels, self.block_size) * self.absmax().to(dtype)[:, None]
         return blocks.flatten()[:count].view(self.out_features, self.in_features)
-
-    @property
-    def weight(self) -> Float[Tensor, "o i"]:
-        """For modules that read their layers' weights; in the dtype of the bias, without one in float32."""
-        return self.dequantize(torch.float32 if self.bias is None else self.bias.dtype)
-
-    def forward(self, x: Float[Tensor, "*b i"]) -> Float[Tensor, "*b o"]:
-        return F.linear(x, self.dequantize(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
-
-    def bits_per_weight(self) -> float:
-        """All that is held beside the bias, scales included."""
-        return bits_held(self)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, format={self.format!r}, block_size={self.block_size}"
@@ -322,7 +346,7 @@ def int8_linear_mixed(
     return y.to(x.dtype).view(*x.shape[:-1], len(w.codes))
 
 
-class Int8Linear(nn.Module):
+class Int8Linear(FormatLinear):
     """A linear layer with int8 weights and activations, and outlying columns in float16: `int8_linear_mixed`.
 
     The gradient of its input is that of the product with what the codes stand for, past the rounding of activations.
@@ -335,7 +359,6 @@ class Int8Linear(nn.Module):
 
     codes: Tensor
     scale: Tensor
-    bias: Tensor | None
     format = "int8"
 
     def __init__(self, weight: Codes, bias: Float[Tensor, " o"] | None = None, threshold: float = 6.0) -> None:
@@ -350,29 +373,19 @@ class Int8Linear(nn.Module):
         """The weights that the codes stand for."""
         return dequantize(Codes(self.codes, self.scale), "int8").to(dtype)
 
-    @property
-    def weight(self) -> Float[Tensor, "o i"]:
-        """For modules that read their layers' weights; in the dtype of the bias, without one in float32."""
-        return self.dequantize(torch.float32 if self.bias is None else self.bias.dtype)
-
     def forward(self, x: Float[Tensor, "*b i"]) -> Float[Tensor, "*b o"]:
         value = int8_linear_mixed(x.detach(), Codes(self.codes, self.scale), self.threshold, self.bias)
         if not (x.requires_grad and torch.is_grad_enabled()):
             return value
         return straight_through(value, F.linear(x, self.dequantize(x.dtype)))
 
-    def bits_per_weight(self) -> float:
-        """All that is held beside the bias, scales included."""
-        return bits_held(self)
-
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, format='int8', threshold={self.threshold}"
 
 
-class BFloat16Linear(nn.Module):
+class BFloat16Linear(FormatLinear):
     """A linear layer whose weights are held in bfloat16; it computes in the dtype of its input."""
 
-    bias: Tensor | None
     format = "bf16"
 
     def __init__(self, weight: Float[Tensor, "o i"], bias: Float[Tensor, " o"] | None = None) -> None:
@@ -387,23 +400,8 @@ class BFloat16Linear(nn.Module):
         assert held is not None
         return held.to(dtype)
 
-    @property
-    def weight(self) -> Float[Tensor, "o i"]:
-        """For modules that read their layers' weights; in the dtype of the bias, without one in float32."""
-        return self.dequantize(torch.float32 if self.bias is None else self.bias.dtype)
-
-    def forward(self, x: Float[Tensor, "*b i"]) -> Float[Tensor, "*b o"]:
-        return F.linear(x, self.dequantize(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
-
-    def bits_per_weight(self) -> float:
-        """16."""
-        return bits_held(self)
-
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, format='bf16'"
-
-
-FormatLinear = TableLinear | Int8Linear | BFloat16Linear
 
 
 def bits_per_weight(fmt: str, block_size: int = 64, row: int | None = None) -> float:
