@@ -143,8 +143,10 @@ class Costs:
     """What a run cost; None where the task does not say.
 
     Attributes:
-        step_time: median seconds of a training step.
-        peak_memory: most bytes of tensors alive at once in a training step, weights and data batch included.
+        step_time: median seconds of a training step; where nothing is trained, of a step of inference: a decoded token,
+            or a passage that is read.
+        peak_memory: most bytes of tensors alive at once in a training step, weights and data batch included; where
+            nothing is trained, bytes that what was chosen holds.
         optimizer_state_bytes: bytes of optimizer state after training.
         trainable_parameters: number of trained weights.
     """

@@ -1,4 +1,7 @@
-"""What every registered post-training quantiser must do, enrolled by its `@method(slot="quantizer")` alone."""
+"""What every registered post-training quantiser must do, enrolled by its `@method(slot="quantizer")` alone.
+
+Formats that have their bits once and for all are tested with `weight_formats`.
+"""
 
 import copy
 import inspect
@@ -11,7 +14,11 @@ from torch import nn
 from fairtrial.methods.quantization import average_bits, load_packed_, packed_layers, quantize_, save_packed
 from fairtrial.methods.registry import index
 
-QUANTIZERS = [entry for entry in index() if entry.slot == "quantizer"]
+QUANTIZERS = [
+    entry
+    for entry in index()
+    if entry.slot == "quantizer" and "bits" in inspect.signature(entry.load().factory).parameters
+]
 
 each_quantizer = pytest.mark.parametrize("entry", QUANTIZERS, ids=[entry.name for entry in QUANTIZERS])
 

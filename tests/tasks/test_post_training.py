@@ -30,6 +30,7 @@ def test_fewer_bits_cost_more_and_take_less(small_gpt: Loaded) -> None:
     values, sizes = [o.value for o in outcomes], [o.costs.peak_memory for o in outcomes]
     assert values == sorted(values, reverse=True)
     assert sizes == sorted(sizes)
+    assert all(o.costs.step_time is not None and o.costs.step_time > 0 for o in outcomes)
     assert [o.metrics["bits per weight"] for o in outcomes] == [2.5, 3.5, 4.5, 32.0]
     assert all(torch.equal(before[name], p) for name, p in small_gpt.model.named_parameters())
 

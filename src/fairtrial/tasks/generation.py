@@ -5,6 +5,7 @@ metric is how far the continuations are, in nats per token under the unmodified 
 diversity and repetition stand beside it.
 """
 
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -135,7 +136,9 @@ def continued(trial: Trial, ids: Int[Tensor, "n t"]) -> Int[Tensor, "n u"]:
 def generation(trial: Trial) -> tuple[float, dict[str, float], Costs]:
     """How far the written tokens are from people's in nats per token, and how varied they are."""
     beginnings, real = trial.passages[:, :BEGINNING], trial.passages[:, BEGINNING:]
+    start = perf_counter()
     written = continued(trial, beginnings)
+    seconds = (perf_counter() - start) / written.shape[1]
     sizes = lengths(written, end_tokens(trial.model, None))
     nats = surprise(trial, torch.cat([beginnings, written], 1), sizes)
     people = surprise(trial, trial.passages, lengths(real))
@@ -147,7 +150,7 @@ def generation(trial: Trial) -> tuple[float, dict[str, float], Costs]:
         "distinct pairs": distinct(written, sizes, 2),
         "repeated fours": 1 - distinct(written, sizes, 4),
     }
-    return abs(figures["nats per token"] - figures["people's nats per token"]), figures, Costs()
+    return abs(figures["nats per token"] - figures["people's nats per token"]), figures, Costs(step_time=seconds)
 
 
 def lengths(written: Int[Tensor, "n t"], ends: Int[Tensor, " e"] | None = None) -> Int[Tensor, " n"]:

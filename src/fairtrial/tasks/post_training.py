@@ -9,26 +9,50 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fairtrial.contract import Costs, Diverged, Metric
+from fairtrial.contract import Choice, Costs, Diverged, Metric, Slot
+from fairtrial.methods.quantization.gptq import GPTQ
 from fairtrial.methods.quantization.packing import quantised_layers
-from fairtrial.methods.quantization.quantize import average_bits, quantize_, tensor_bytes
+from fairtrial.methods.quantization.quantize import RoundToNearest, average_bits, quantize_, tensor_bytes
+from fairtrial.methods.registry import Method
 from fairtrial.tasks import documentation, small_gpt
-from fairtrial.tasks.trained import TrainedTask, Trial, quantizer_slot
+from fairtrial.tasks.slots import Options
+from fairtrial.tasks.trained import Setting, TrainedTask, Trial, median_seconds
 
 NATS = math.log(2)  # in a bit
 AT_ONCE = 32  # passages that go through a model together
+ROUND_TO_NEAREST = Choice("RoundToNearest")
 
 
-def quantised(trial: Trial, model: nn.Module) -> nn.Module:
-    """The model with its weights quantised in place, as the choice says."""
-    config = trial.parts["quantizer"]
+def not_quantised() -> None:
+    """The weights as they are."""
+
+
+def asked_for(setting: Setting) -> dict[str, Any]:
+    return {"bits": setting.bits, "group_size": setting.group_size}
+
+
+QUANTIZERS = (
+    Method("NotQuantised", "quantizer", not_quantised),
+    Method("RoundToNearest", "quantizer", RoundToNearest, bind=asked_for),
+    Method("GPTQ", "quantizer", GPTQ, bind=asked_for),
+)
+
+
+def quantizer_slot(default: Choice = ROUND_TO_NEAREST) -> Slot:
+    """What `quantize_` takes as its config."""
+    return Slot("quantizer", default, Options(QUANTIZERS, "quantizer"))
+
+
+def quantised(trial: Trial) -> tuple[nn.Module, dict[str, float], Costs]:
+    """A copy of the model with its weights quantised as the choice says, the bits they take, and what it costs.
+
+    The bytes are of all parameters and buffers, the time is that of reading one passage.
+    """
+    model, config = copy.deepcopy(trial.model), trial.parts["quantizer"]
     with torch.enable_grad():
-        return model if config is None else quantize_(model, config, trial.setting.calibration)
-
-
-def held(model: nn.Module) -> tuple[int, dict[str, float]]:
-    """Bytes of the parameters and buffers, and the bits that a quantised weight takes with all that belongs to it."""
-    return tensor_bytes(model), {"bits per weight": bits_of(model)}
+        model = model if config is None else quantize_(model, config, trial.setting.calibration)
+    seconds = median_seconds(lambda: model(trial.passages[:1]))
+    return model, {"bits per weight": bits_of(model)}, Costs(step_time=seconds, peak_memory=tensor_bytes(model))
 
 
 def bits_of(model: nn.Module) -> float:
@@ -51,12 +75,11 @@ def bytes_of_text(
 
 def bits_per_byte(trial: Trial) -> tuple[float, dict[str, float], Costs]:
     """Cross entropy of the next byte."""
-    model = quantised(trial, copy.deepcopy(trial.model))
+    model, figures, costs = quantised(trial)
     nats = nats_per_byte(model, trial.passages)
     if not math.isfinite(nats):
         raise Diverged("the model's scores are no longer finite")
-    size, figures = held(model)
-    return nats / NATS, figures, Costs(peak_memory=size)
+    return nats / NATS, figures, costs
 
 
 @torch.no_grad()
@@ -104,14 +127,13 @@ def likeness(trial: Trial) -> tuple[float, dict[str, float], Costs]:
     Also how often the vector of a passage's first half is nearest to that of its second half.
     """
     exact = embeddings(trial.model, trial.passages)
-    model = quantised(trial, copy.deepcopy(trial.model))
+    model, figures, costs = quantised(trial)
     cosine = (embeddings(model, trial.passages) * exact).sum(1).mean().item()
     if math.isnan(cosine):
         raise Diverged("the model's vectors are no longer finite")
     first, second = (embeddings(model, half) for half in trial.passages.chunk(2, 1))
     found = (first @ second.t()).argmax(1) == torch.arange(len(first))
-    size, figures = held(model)
-    return cosine, {"halves found": found.double().mean().item(), **figures}, Costs(peak_memory=size)
+    return cosine, {"halves found": found.double().mean().item(), **figures}, costs
 
 
 encoder_ptq = TrainedTask(

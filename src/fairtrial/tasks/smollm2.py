@@ -1,8 +1,6 @@
 """SmolLM2 at inference: how well it predicts, finds and continues text with another cache or another decoder."""
 
 import copy
-from statistics import median
-from time import perf_counter
 from typing import Any
 
 import torch
@@ -11,10 +9,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fairtrial.contract import Costs, Diverged, Metric
-from fairtrial.tasks.trained import TrainedTask, Trial, cache_slot, held, prepared
+from fairtrial.tasks.trained import TrainedTask, Trial, cache_slot, held, median_seconds, prepared
 
 SCORED = 256  # tokens at the end of a passage that are predicted from the compressed cache
-STEPS = 8  # decoded tokens whose time is taken
 PLACES = ("harbour", "library", "castle", "garden")
 DEPTHS = (0.1, 0.35, 0.6, 0.85)
 
@@ -26,13 +23,8 @@ def prefilled(trial: Trial, cache: Any, ids: Int[Tensor, "1 t"]) -> Any:
 
 
 def decode_time(trial: Trial, cache: Any, token: Int[Tensor, "1 1"]) -> float:
-    """Median seconds for one more token; the cache grows by them."""
-    times = []
-    for _ in range(STEPS):
-        start = perf_counter()
-        trial.model(token, past_key_values=cache, use_cache=True)
-        times.append(perf_counter() - start)
-    return median(times)
+    """Median seconds for one more token; the cache grows by those whose time is taken."""
+    return median_seconds(lambda: trial.model(token, past_key_values=cache, use_cache=True))
 
 
 def perplexity(trial: Trial) -> tuple[float, dict[str, float], Costs]:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
+from statistics import median
 from time import perf_counter
 from typing import Any
 
@@ -18,8 +19,6 @@ from torch import Tensor, nn
 from fairtrial.contract import BadInput, Choice, Costs, Metric, Outcome, Progress, Slot, Split
 from fairtrial.methods.arguments import require
 from fairtrial.methods.optimizers.state_size import tensors_within
-from fairtrial.methods.quantization.gptq import GPTQ
-from fairtrial.methods.quantization.quantize import RoundToNearest
 from fairtrial.methods.registry import Method
 from fairtrial.tasks import documentation, models
 from fairtrial.tasks.models import Loaded
@@ -65,35 +64,15 @@ def dynamic_cache(config: Any) -> Any:
     return models.transformers().DynamicCache(config=config)
 
 
-def not_quantised() -> None:
-    """The weights as they are."""
-
-
 CACHES = (Method("DynamicCache", "cache", dynamic_cache, bind=lambda setting: {"config": setting.config}),)
 
 
-def asked_for(setting: Setting) -> dict[str, Any]:
-    return {"bits": setting.bits, "group_size": setting.group_size}
-
-
-QUANTIZERS = (
-    Method("NotQuantised", "quantizer", not_quantised),
-    Method("RoundToNearest", "quantizer", RoundToNearest, bind=asked_for),
-    Method("GPTQ", "quantizer", GPTQ, bind=asked_for),
-)
-
 PLAIN_CACHE = Choice("DynamicCache")
-ROUND_TO_NEAREST = Choice("RoundToNearest")
 
 
 def cache_slot(default: Choice = PLAIN_CACHE) -> Slot:
     """Caches of keys and values, as `transformers` has them, made for the model."""
     return Slot("cache", default, Options(CACHES, "cache"))
-
-
-def quantizer_slot(default: Choice = ROUND_TO_NEAREST) -> Slot:
-    """What `quantize_` takes as its config."""
-    return Slot("quantizer", default, Options(QUANTIZERS, "quantizer"))
 
 
 @cache
@@ -236,6 +215,16 @@ class Trial:
     @property
     def model(self) -> Any:
         return self.setting.model
+
+
+def median_seconds(call: Callable[[], object], repeats: int = 8) -> float:
+    """What a call takes, several times one after the other."""
+    times = []
+    for _ in range(repeats):
+        start = perf_counter()
+        call()
+        times.append(perf_counter() - start)
+    return median(times)
 
 
 def prepared(cache: Any, model: nn.Module) -> Any:

@@ -14,7 +14,7 @@ out, so the measures are this library's own:
 
 A format is the more resilient the smaller its largest |D_q(T)| and the smaller its slope.
 
-`WeightFormat` takes no slot of a task: those ask for a number of bits, which a format has once and for all.
+A task may ask for a number of bits: `WeightFormat` has those of its format whatever the task asks for.
 """
 
 import copy
@@ -33,10 +33,12 @@ from fairtrial.methods.decoding.sampling import Continuation, end_tokens
 from fairtrial.methods.evaluation import evaluating
 from fairtrial.methods.quantization.quantize import Found, Want, quantize_, tensor_bytes
 from fairtrial.methods.quantization.weight_formats import FORMATS, FormatLinear, check_format, check_weight, in_format
+from fairtrial.methods.registry import method
 
 ZONE = (0.5, 0.8)  # the paper's
 
 
+@method(paper="ptq_impact", slot="quantizer")
 @dataclass(frozen=True)
 class WeightFormat:
     """Every linear layer's weights in a format whose scales are largest magnitudes; needs no data.
