@@ -14,13 +14,15 @@ from markupsafe import Markup
 
 from fairtrial.catalog import Catalogue, Finding, Measurement
 from fairtrial.methods.registry import Entry, index
-from fairtrial.report.axes import Axis, padded, tick_text
+from fairtrial.report.axes import Axis, better_on_log, padded, tick_text
 from fairtrial.report.frames import bottom_ticks, frame
 from fairtrial.report.svg import element, line, picture, shortened, text
 from layout import filled
 from paper_pages import STANDINGS, short_title
 
-_difference = re.compile(r"\b(above|less|gain|fall)\b")
+_difference = re.compile(
+    r"\b(above(?! [\w ]+'s(?:,|$))|less|gain|fall)\b"
+)  # "loss above the whole cache's" is a quality
 
 
 @dataclass(frozen=True)
@@ -133,7 +135,7 @@ def pages(catalogue: Catalogue) -> dict[str, str]:
 
 def page(catalogue: Catalogue, guide: Guide, found: Sequence[Figure]) -> str:
     entries = guide.entries()
-    names = {entry.name for entry in entries}
+    names = {name for entry in entries for name in called(catalogue, entry)}
     papers = [figure.paper for figure in found]
     return filled(
         "choice.md.j2",
@@ -144,9 +146,14 @@ def page(catalogue: Catalogue, guide: Guide, found: Sequence[Figure]) -> str:
         tradeoffs=[(paper, pair) for paper in dict.fromkeys(papers) for pair in tradeoffs(found, paper)],
         tradeoff_chart=lambda pair: tradeoff_chart(pair[0], pair[1], names),
         counts={entry.paper: _counts(catalogue, entry.paper) for entry in entries},
-        methods=[(entry, list(standings(entry, found, guide.baselines))) for entry in entries],
+        methods=[(entry, list(standings(called(catalogue, entry), found, guide.baselines))) for entry in entries],
         kinds=[(kind, [figure for figure in found if figure.kind == kind]) for kind in guide.order],
     )
+
+
+def called(catalogue: Catalogue, entry: Entry) -> set[str]:
+    """What evidence calls a method: by its own name, or by its paper's."""
+    return {entry.name, short_title(catalogue[entry.paper])}
 
 
 def figures(catalogue: Catalogue, guide: Guide) -> list[Figure]:
@@ -207,12 +214,12 @@ def _counts(catalogue: Catalogue, slug: str) -> str:
     return ", ".join(f"{found[standing]} {standing}" for standing in STANDINGS if found[standing])
 
 
-def standings(entry: Entry, found: Sequence[Figure], baselines: Sequence[str]) -> Iterator[str]:
-    """Of an optimizer, each quality that was measured, beside those of baselines measured alike."""
+def standings(names: set[str], found: Sequence[Figure], baselines: Sequence[str]) -> Iterator[str]:
+    """Of a method, each quality that was measured, beside those of baselines measured alike."""
     for figure in found:
         for whose, measurement in figure.measured.items() if figure.kind == "quality" else ():
             name, _, where = whose.partition(", ")
-            if name == entry.name:
+            if name in names:
                 others = {base: figure.measured.get(f"{base}, {where}" if where else base) for base in baselines}
                 known = [f"{base} {_number(other)}" for base, other in others.items() if other]
                 own = f"{figure.quantity} {_number(measurement)}{f' ({where})' if where else ''}"
@@ -226,6 +233,7 @@ def _number(measurement: Measurement) -> str:
 # Pictures ----------------------------------------------------------------------------------------------------------
 
 WIDTH, LEFT, RIGHT, ROW = 700, 250, 545, 26
+NAMES, LABEL = 480, 14  # where names of points begin, and their height
 
 
 def chart(figure: Figure, names: set[str]) -> Markup:
@@ -263,26 +271,43 @@ def _row(whose: str, measurement: Measurement, axis: Axis, y: float, class_: str
 
 
 def tradeoff_chart(memory: Figure, quality: Figure, names: set[str]) -> Markup:
-    """A point for each arm: what it keeps across, how good it is upwards."""
+    """A point for each arm: what it keeps across, how good it is upwards; its name beside it, led to by a line."""
     arms = [arm for arm in quality.measured if arm in memory.measured]
     points = [(memory.measured[arm], quality.measured[arm]) for arm in arms]
     xs, ys = ([m.value for m in side if m.value is not None] for side in zip(*points, strict=True))
     spread = min(xs) > 0 and max(xs) > 8 * min(xs)
-    across = Axis(*padded(min(xs), max(xs), 0.12, spread), 70, WIDTH - 150, spread)
-    up = Axis(*padded(min(ys), max(ys), 0.12), 270, 22)
+    bottom = max(270, 22 + LABEL * len(arms))
+    across = Axis(*padded(min(xs), max(xs), 0.06, spread), 70, NAMES - 40, spread)
+    tall = better_on_log(ys)
+    up = Axis(*padded(min(ys), max(ys), 0.06, tall), bottom, 22, tall)
     unit = f" ({memory.unit})" if memory.unit and memory.unit not in memory.quantity else ""
     pieces = [*frame(across, up, shortened(f"{memory.quantity}{unit}", 60), 6)]
     pieces.append(text(70, 12, shortened(quality.quantity, 60), "label"))
-    for arm, x, y in zip(arms, xs, ys, strict=True):
-        own = arm.partition(", ")[0] in names
-        dot = element(
-            "circle", element("title", f"{arm}: {x:.4g}, {y:.4g}"), cx=across(x), cy=up(y), r=4.5, class_="mean"
+    rows = sorted(zip(arms, xs, ys, strict=True), key=lambda row: (up(row[2]), -across(row[1])))
+    for (arm, x, y), place in zip(rows, apart([up(y) for _, _, y in rows], 22, bottom), strict=True):
+        pieces.append(
+            element(
+                "g",
+                element("title", f"{arm}: {x:.4g}, {y:.4g}"),
+                line(across(x), up(y), NAMES - 4, place, "leader"),
+                element("circle", cx=across(x), cy=up(y), r=4.5, class_="mean"),
+                text(NAMES, place + 4, shortened(arm, 38), "figures"),
+                class_="own" if arm.partition(", ")[0] in names else "other",
+            )
         )
-        word = text(across(x) + 8, up(y) + 4, shortened(arm, 24), "figures")
-        pieces.append(element("g", dot, word, class_="own" if own else "other"))
     told = "; ".join(f"{arm}: {x:.4g}, {y:.4g}" for arm, x, y in zip(arms, xs, ys, strict=True))
     title = f"{quality.quantity} against {memory.quantity}"
-    return picture(WIDTH, 318, title, told, *pieces, class_="measured")
+    return picture(WIDTH, bottom + 48, title, told, *pieces, class_="measured")
+
+
+def apart(wanted: Sequence[float], top: float, bottom: float) -> list[float]:
+    """Places of labels from `top` to `bottom`, given what they are for in that order: near to it, none on another."""
+    found: list[float] = []
+    for at in wanted:
+        found.append(max(at, found[-1] + LABEL if found else top))
+    for place in reversed(range(len(found))):
+        found[place] = min(found[place], found[place + 1] - LABEL if place + 1 < len(found) else bottom)
+    return found
 
 
 def _with_interval(measurement: Measurement) -> str:

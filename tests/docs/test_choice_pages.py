@@ -1,8 +1,11 @@
 from datetime import date
+from itertools import pairwise
+
+import pytest
 
 import choice_pages
 import paper_pages
-from choice_pages import BITS, GUIDES, OPTIMIZERS
+from choice_pages import BITS, CACHES, GUIDES, OPTIMIZERS
 from fairtrial.catalog import Catalogue, Claim, Evidence, Finding, Machine, Measurement, Paper
 from fairtrial.methods.registry import index
 
@@ -80,6 +83,48 @@ def test_pictures_say_what_they_show_and_nothing_gets_through():
     assert page.count("<svg ") == 4
     assert "AdamP: 0.9 [0.8, 0.95]; AdamW: 0.85" in page
     assert "<script" not in page
+
+
+def test_a_method_goes_by_its_papers_name_too():
+    finding = Finding(
+        "better",
+        "partly",
+        "It is.",
+        measurements=(
+            Measurement("perplexity, RotateKV, 2 bits", 30.0),
+            Measurement("perplexity, full cache, 2 bits", 14.0),
+        ),
+    )
+    evidence = Evidence("rotatekv", date(2021, 1, 1), "0" * 16, 1.0, Machine("a machine", 2, 24.0), {}, (finding,))
+    titles = {"rotatekv": "RotateKV: A Title"}
+    papers = [
+        Paper(e.paper, "kvcache", titles.get(e.paper, e.paper), date(2020, 2, 3), 1, "x", "memory", CLAIMS)
+        for e in index()
+    ]
+    page = choice_pages.pages(Catalogue(papers, [evidence]))[CACHES.address]
+    assert "perplexity 30 (2 bits), full cache 14 |" in page
+    assert 'class="own"' in page
+
+
+def test_what_an_arm_loses_against_one_reference_is_its_quality():
+    measured = [
+        Measurement("loss above the whole cache's, equal budgets, 20%", 0.4),
+        Measurement("loss above the whole cache's, searched budgets, 20%", 0.3),
+        Measurement("loss, equal above searched budgets, 20%", 0.1),
+    ]
+    finding = Finding("better", "partly", "It is.", measurements=tuple(measured))
+    evidence = Evidence("prefixkv", date(2021, 1, 1), "0" * 16, 1.0, Machine("a machine", 2, 24.0), {}, (finding,))
+    papers = [Paper(e.paper, "kvcache", e.paper, date(2020, 2, 3), 1, "x", "memory", CLAIMS) for e in index()]
+    (figure,) = choice_pages.figures(Catalogue(papers, [evidence]), CACHES)
+    assert list(figure.measured) == ["equal budgets, 20%", "searched budgets, 20%"]
+    assert not figure.more_is_better
+
+
+@pytest.mark.parametrize("wanted", [[30.0] * 9, [22.0, 23.0, 269.0, 270.0], [270.0] * 5, [100.0], []])
+def test_labels_of_points_do_not_lie_on_each_other(wanted):
+    places = choice_pages.apart(wanted, 22, 270)
+    assert all(b - a >= choice_pages.LABEL for a, b in pairwise(places))
+    assert all(22 <= place <= 270 for place in places)
 
 
 def test_without_evidence_the_page_says_so():
