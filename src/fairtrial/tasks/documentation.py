@@ -22,9 +22,9 @@ def text() -> str:
     )
 
 
-def tokens(tokenizer: Any, part: Part) -> Int[Tensor, " n"]:
-    """The tokens of one part: neighbouring text, so that no sentence is in two parts."""
-    ids = torch.tensor(tokenizer(text(), add_special_tokens=False, verbose=False).input_ids)
+def tokens(tokenizer: Any, part: Part, words: str | None = None) -> Int[Tensor, " n"]:
+    """The tokens of one part of the documentation, or of other words: neighbouring text, no sentence in two parts."""
+    ids = torch.tensor(tokenizer(text() if words is None else words, add_special_tokens=False, verbose=False).input_ids)
     start, end = (round(share * len(ids)) for share in ENDS[part])
     return ids[start:end]
 

@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
+from hashlib import sha256
+from pathlib import Path
 from statistics import median
 from time import perf_counter
 from typing import Any
@@ -41,7 +43,8 @@ class Setting:
         bits: to which the task asks weights to be quantised.
         group_size: of weights that share a scale.
         name: of the model.
-        corpus: all tokens of the part of the documentation that is there to calibrate with.
+        file: that the text is from, where it is not Python's documentation.
+        corpus: all tokens of the part of the text that is there to calibrate with.
     """
 
     model: nn.Module
@@ -53,10 +56,11 @@ class Setting:
     bits: int = 4
     group_size: int = 64
     name: str = ""
+    file: str | None = None
 
     @property
     def corpus(self) -> Int[Tensor, " n"]:
-        return part_of(self.name, "calibration")
+        return part_of(self.name, "calibration", self.file)
 
 
 def dynamic_cache(config: Any) -> Any:
@@ -82,9 +86,23 @@ def loaded(name: str) -> Loaded:
 
 
 @cache
-def part_of(name: str, part: documentation.Part) -> Int[Tensor, " n"]:
-    """Tokens of a part of the documentation, for a named model."""
-    return documentation.tokens(loaded(name).tokenizer, part)
+def part_of(name: str, part: documentation.Part, file: str | None = None) -> Int[Tensor, " n"]:
+    """Tokens of a part of the documentation, or of a file of text, for a model."""
+    return documentation.tokens(loaded(name).tokenizer, part, words_of(file))
+
+
+def words_of(file: str | None) -> str:
+    """Python's documentation, or what a file holds.
+
+    Raises:
+        BadInput: the file cannot be read as UTF-8.
+    """
+    if file is None:
+        return documentation.text()
+    try:
+        return Path(file).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(f"the corpus {file} cannot be read as UTF-8 text: {error}") from None
 
 
 def documentation_of(
@@ -92,6 +110,16 @@ def documentation_of(
 ) -> Int[Tensor, "n t"]:
     """Passages of Python's documentation, as tokens of a named model."""
     return documentation.windows(part_of(name, part), count, length, generator)
+
+
+@cache
+def hash_of_weights(model: nn.Module, *more: str) -> str:
+    """Changes when any weight of a model does, or any of the further texts."""
+    digest = sha256("\0".join(more).encode())
+    for name, tensor in model.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
 
 
 @dataclass
@@ -103,13 +131,14 @@ class TrainedTask:
         version: to be raised when results are no longer comparable with earlier ones.
         metric: what is measured.
         slots: what may be swapped.
-        model: the name of the model.
+        model: the name of the model, or a folder, a GGUF file or a hub id, as `models.load` takes them.
         measure: carries a run out: it is given the task, the setting, the choices' parts by slot, and text to judge by,
             and returns the metric, further figures, and costs.
         passages, length: how many passages of how many tokens a run is judged by.
         text: gives passages of a part, told the model's name, the part, how many, how long, and what to draw from.
         calibration: how many passages of how many tokens methods are given to calibrate with.
         temperature, bits, group_size: see `Setting`.
+        corpus: a UTF-8 text file that passages are cut from, for any model; None for what `text` gives.
     """
 
     name: str
@@ -125,6 +154,7 @@ class TrainedTask:
     temperature: float = 1.0
     bits: int = 4
     group_size: int = 64
+    corpus: str | None = None
 
     @property
     def source(self) -> str:
@@ -134,14 +164,17 @@ class TrainedTask:
     @property
     def data_hash(self) -> str:
         """Changes when the text or the model's weights do."""
-        return models.hash_of(self.model, documentation.text())
+        words = words_of(self.corpus)
+        if self.model in models.SOURCES:
+            return models.hash_of(self.model, words)
+        return hash_of_weights(loaded(self.model).model, words)
 
     def check(self, choices: Mapping[str, Choice]) -> None:
         """Make everything that the choices name, and run nothing."""
         self._know(choices)
         for name, choice in choices.items():
             self.slots[name].check(choice)
-        if not models.is_there(self.model):
+        if self.model in models.SOURCES and not models.is_there(self.model):
             raise BadInput(f"the task {self.name!r} needs a model: `fairtrial models {self.model}` gets it")
         self._parts(choices, self._setting(Streams(0)), Streams(0))
 
@@ -163,7 +196,12 @@ class TrainedTask:
     def given(self, seed: int, split: Split) -> tuple[Setting, Int[Tensor, "n t"]]:
         """What methods are told under a seed, and the passages that judge."""
         streams = Streams(seed)
-        return self._setting(streams), self.text(self.model, split, self.passages, self.length, streams("passages"))
+        return self._setting(streams), self._cut(split, self.passages, self.length, streams("passages"))
+
+    def _cut(self, part: documentation.Part, count: int, length: int, generator: torch.Generator) -> Int[Tensor, "n t"]:
+        if self.corpus is None:
+            return self.text(self.model, part, count, length, generator)
+        return documentation.windows(part_of(self.model, part, self.corpus), count, length, generator)
 
     def _know(self, choices: Mapping[str, Choice]) -> None:
         for name in choices:
@@ -172,7 +210,7 @@ class TrainedTask:
 
     def _setting(self, streams: Streams) -> Setting:
         model, tokenizer = loaded(self.model)
-        passages = self.text(self.model, "calibration", *self.calibration, streams("calibration"))
+        passages = self._cut("calibration", *self.calibration, streams("calibration"))
         return Setting(
             model=model,
             tokenizer=tokenizer,
@@ -183,6 +221,7 @@ class TrainedTask:
             bits=self.bits,
             group_size=self.group_size,
             name=self.model,
+            file=self.corpus,
         )
 
     def _parts(self, choices: Mapping[str, Choice], setting: Setting, streams: Streams) -> dict[str, Any]:
