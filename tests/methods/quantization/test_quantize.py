@@ -441,6 +441,18 @@ def test_attention_whose_weights_are_read_past_the_call_still_works() -> None:
             torch.testing.assert_close(each(x), model(x), rtol=0, atol=0.1)
 
 
+def test_encoders_that_read_the_weights_of_their_layers_still_work() -> None:
+    model, x = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2), torch.randn(2, 3, 8)
+    for config in (RoundToNearest(8, 8), GPTQ(8, 8)):
+        each = copy.deepcopy(model).eval()
+        with torch.no_grad():
+            exact = each(x)
+            quantize_(each, config, [x])
+            assert len(list(packed_layers(each))) == 4
+            torch.testing.assert_close(each(x), exact, rtol=0, atol=0.1)
+        torch.testing.assert_close(each(x), exact, rtol=0, atol=0.1)
+
+
 # What is refused ---------------------------------------------------------------------------------------------------
 
 
