@@ -183,7 +183,7 @@ def test_convolutions_are_rounded_too():
     exact = copy.deepcopy(model)
     adaquant_model(model, [x], steps=10, relu=("0",), weight_bits=8, act_bits=8)
     assert (model(x) - exact(x)).abs().max() < 0.2
-    assert all(len(channel.unique()) <= 256 for channel in model[0].weight())
+    assert all(len(channel.unique()) <= 256 for channel in model[0].weight)
 
 
 def test_statistics_are_those_of_the_data():
@@ -281,10 +281,26 @@ def test_a_layer_packs_what_it_rounds_to():
     layer = nn.Linear(32, 6)
     fake = FakeQuantLayer(layer, 3, None, size=8)
     packed = fake.packed(torch.float32)
-    torch.testing.assert_close(packed.dequantize(), fake.weight(), atol=1e-6, rtol=0)
+    torch.testing.assert_close(packed.dequantize(), fake.weight, atol=1e-6, rtol=0)
     torch.testing.assert_close(packed(normal(4, 32)), fake(normal(4, 32)), atol=1e-5, rtol=0)
     with pytest.raises(ValueError, match="inputs that are not rounded"):
         FakeQuantLayer(layer, 3, 3).packed()
+
+
+@pytest.mark.parametrize("act_bits", [None, 2])
+def test_encoders_compute_with_rounded_layers_in_evaluation_too(act_bits):
+    torch.manual_seed(0)
+    encoder, x = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True), torch.randn(3, 5, 16)
+    adaquant_model(encoder, [x], weight_bits=2, act_bits=act_bits, steps=0)
+    assert isinstance(encoder.linear1, FakeQuantLayer)
+    expected = encoder.train()(x)
+    with torch.no_grad():
+        torch.testing.assert_close(encoder.eval()(x), expected)
+        encoder.activation_relu_or_gelu = 1  # as where layers are put in place by hand
+        encoder.linear1, encoder.linear2 = (
+            FakeQuantLayer(m.layer, 2, None) for m in (encoder.linear1, encoder.linear2)
+        )
+        torch.testing.assert_close(encoder(x), encoder.train()(x))
 
 
 def test_parallel_calibration_sees_the_inputs_of_the_float_model():

@@ -149,19 +149,25 @@ class FakeQuantLayer(nn.Module):
         self.input_quantizer = None if act_bits is None else AffineFakeQuant(act_bits).to(weights)
         self.weight_quantizer.set_extremes(weights.reshape(rows, -1))
 
+    @property
     def weight(self) -> Float[Tensor, "..."]:
-        """The rounded weights."""
+        """The rounded weights, with which it computes."""
         weight = self.layer.weight
         rounded: Tensor = self.weight_quantizer(weight.reshape(len(self.weight_quantizer.range), -1))
         return rounded.view_as(weight)
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The layer's, for modules that read it with the weights."""
+        return self.layer.bias
 
     def forward(self, x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
         if self.input_quantizer is not None:
             x = self.input_quantizer(x)
         if isinstance(self.layer, nn.Conv2d):
-            convolved: Tensor = self.layer._conv_forward(x, self.weight(), self.layer.bias)
+            convolved: Tensor = self.layer._conv_forward(x, self.weight, self.layer.bias)
             return convolved
-        return F.linear(x, self.weight(), self.layer.bias)
+        return F.linear(x, self.weight, self.layer.bias)
 
     @torch.no_grad()
     def packed(self, scale_dtype: torch.dtype = torch.float16) -> PackedLinear:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fairtrial.methods.arguments import require
-from fairtrial.methods.quantization.quantize import skipped
+from fairtrial.methods.quantization.quantize import put_in_places, skipped
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -117,8 +117,7 @@ def replace_layers(
 ) -> nn.Module:
     """Put what `make` returns in the place of layers; returns the model.
 
-    A layer in several places of the model is made once. PyTorch's transformer encoders read the weights of their layers
-    in evaluation and do not call them; where one of these is replaced, that is switched off.
+    A layer in several places of the model is made once.
 
     Args:
         model: changed in place.
@@ -126,17 +125,7 @@ def replace_layers(
         make: of the layer that takes the place of one.
     """
     made = {layer: make(layer) for layer in dict.fromkeys(layer for _, layer in places)}
-    for module in model.modules():
-        if not made.keys().isdisjoint(module.modules()):
-            if isinstance(module, nn.TransformerEncoder):
-                module.use_nested_tensor = False
-            if isinstance(module, nn.TransformerEncoderLayer):
-                module.activation_relu_or_gelu = 0
-    for name, layer in places:
-        if not name:
-            return made[layer]
-        model.set_submodule(name, made[layer])
-    return model
+    return put_in_places(model, {name: made[layer] for name, layer in places})
 
 
 def output_layer(model: nn.Module) -> tuple[str, ...]:

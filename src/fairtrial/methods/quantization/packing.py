@@ -185,7 +185,7 @@ class CPUInt4Linear(nn.Module):
 
     @property
     def weight(self) -> Float[Tensor, "o i"]:
-        """The weights, as exact as bfloat16, for whoever reads them past `forward`; in the dtype of a packed layer's."""
+        """The weights, as exact as bfloat16, for whoever reads them past `forward`; in a packed layer's dtype."""
         unit = torch.eye(self.in_features, dtype=torch.bfloat16, device=self.packed.device)
         return self._product(unit).t().to(torch.float32 if self.bias is None else self.bias.dtype)
 
