@@ -406,3 +406,51 @@ def test_budgets_hold_to_the_last_bit():
     found = allocate_bits_ip({4: [10.0, 1.0]}, sizes, 8, limit / (32 * sum(sizes)))
     assert (found.bits, found.size) == ([8, 4], limit)
     assert allocate_bits_ip({4: [10.0, 10.0]}, sizes, 8, limit / (32 * sum(sizes))).size <= limit
+
+
+def test_texts_may_have_different_lengths():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(20, 8), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
+    rows, batches = copy.deepcopy(model), [torch.arange(10).view(2, 5), torch.arange(6).view(2, 3)]
+    errors = adaquant_model(model, batches, steps=10)
+    assert errors == adaquant_model(rows, [each.flatten() for each in batches], steps=10)
+    assert torch.equal(model(batches[0]), rows(batches[0]))
+
+
+def test_what_a_network_cannot_be_tuned_on_is_refused_before_anything_changes():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Conv2d(1, 2, 3)).train()
+    before = copy.deepcopy(model.state_dict())
+    sizes, broken = [torch.ones(2, 1, 6, 8), torch.ones(2, 1, 5, 8)], [torch.ones(2, 1, 6, 8)] * 2
+    broken[1] = broken[1] * math.nan
+    for batches, message in (
+        (sizes, "calib_loader must be data that have one shape at the convolution 1"),
+        (broken, "batch 1 of the calibration data has values that are not finite"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            adaquant_model(model, batches, steps=1)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert model.training
+
+
+def test_biases_come_back_when_they_cannot_be_tuned():
+    def broken(output, target):
+        calls.append(0)
+        return F.mse_loss(output, target) if len(calls) == 1 else 1 / 0
+
+    def steep(output, target):  # finite, with gradients that are not
+        return (output - output.detach()).abs().sqrt().sum()
+
+    model, x, y, calls = nn.Sequential(nn.Linear(8, 8)), normal(6, 8), normal(6, 8, seed=1), []
+    model.train().requires_grad_(False)
+    before = copy.deepcopy(model.state_dict())
+    for pairs, options, refused, message in (
+        ([(x, y)] * 2, {"loss": broken}, ZeroDivisionError, "division"),
+        ([(x, y)], {"loss": steep}, ValueError, "biases must stay finite"),
+        ([(x, y)], {"lr": 1e30}, ValueError, "loss must be finite"),
+        ([(x, y), (x, y / 0)], {}, ValueError, "batch 1 of the calibration data"),
+    ):
+        with pytest.raises(refused, match=message):
+            tune_bias(model, pairs, **options)
+        assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+        assert not any(p.requires_grad or p.grad is not None for p in model.parameters())
+        assert model.training

@@ -49,6 +49,7 @@ from fairtrial.methods.quantization.quantize import (
     Found,
     Grid,
     Want,
+    check_finite_batches,
     check_finite_weights,
     check_groups,
     check_rounding,
@@ -388,7 +389,8 @@ def adaquant_model(
     """Put a tuned `FakeQuantLayer` in the place of every `nn.Linear` and `nn.Conv2d`, in the order of their calls.
 
     A layer in several places goes by the first of its names. The output projection of `nn.MultiheadAttention` is left
-    alone: its weights are read without a call.
+    alone: its weights are read without a call. Where a linear layer's calls differ in more than the number of samples,
+    as on texts of different lengths, each row of its input is a sample.
 
     Args:
         model: changed in place; put into evaluation mode.
@@ -403,12 +405,13 @@ def adaquant_model(
         The errors of each layer, by name.
 
     Raises:
-        ValueError: there are no calibration data, no layers, the model is rounded already or is a layer itself, a layer
-            has weights that are not finite or no bits, or the data never reach it; nothing is changed then. Also if an
-            error is not finite.
+        ValueError: there are no calibration data or not finite ones, no layers, the model is rounded already or is a
+            layer itself, a layer has weights that are not finite or no bits, the data never reach it, or have several
+            shapes at a convolution; nothing is changed then. Also if an error is not finite.
     """
     batches = list(calib_loader)
     require(bool(batches), "calib_loader", batches, "one or more batches")
+    check_finite_batches(batches)
     done = next((n for n, m in model.named_modules() if isinstance(m, FakeQuantLayer)), None)
     require(done is None, "model", done, "without rounded layers")
     require(not isinstance(model, Layer), "model", type(model).__name__, "one with layers; for one, adaquant_layer")
@@ -419,17 +422,20 @@ def adaquant_model(
     for argument, bits in (("weight_bits", weight_bits), ("act_bits", act_bits)):
         lacking = [name for name in layers if isinstance(bits, Mapping) and name not in bits]
         require(not lacking, argument, bits, f"of all layers, {lacking} too")
-    order: list[str] = []
-    with watching(layers, lambda name, x, y: order.append(name)):
-        run(exact, batches[0])
-    order = list(dict.fromkeys(order))
-    missing = [name for name in layers if name not in order]
+    shapes: dict[str, set[tuple[int, ...]]] = {}  # of samples, by layer, in the order of calls
+    with watching(layers, lambda name, x, y: shapes.setdefault(name, set()).add(tuple(x.shape[1:]))):
+        for each in batches:
+            run(exact, each)
+    missing = [name for name in layers if name not in shapes]
     require(not missing, "calib_loader", missing, "data that reach every layer")
+    for name, found in shapes.items():
+        fit = len(found) == 1 or isinstance(layers[name], nn.Linear)
+        require(fit, "calib_loader", found, f"data that have one shape at the convolution {name}")
     model.eval()
     generator = torch.Generator().manual_seed(0) if generator is None else generator
 
     errors = {}
-    for name in order:
+    for name in shapes:
         x, y = _seen(exact, name, batches)
         if sequential:
             x, _ = _seen(model, name, batches)
@@ -458,6 +464,8 @@ def _seen(model: nn.Module, name: str, batches: Sequence[Batch]) -> tuple[Tensor
     with watching({name: model.get_submodule(name)}, lambda name, x, y: calls.append((x, y))):
         for batch in batches:
             run(model, batch)
+    if len({x.shape[1:] for x, _ in calls}) > 1:
+        calls = [(x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])) for x, y in calls]
     inputs, outputs = (torch.cat(tensors) for tensors in zip(*calls, strict=True))
     return inputs, outputs
 
@@ -552,7 +560,7 @@ def tune_bias(
     """Train the biases of a rounded network, and nothing else, by Adam.
 
     Args:
-        model: changed in place; stays in evaluation mode.
+        model: changed in place; stays in evaluation mode. After any exception it is as it was.
         loader: pairs of inputs and targets: the float network's outputs, or labels where `loss` takes them.
         loss: of outputs and targets.
         epochs: how often all pairs are seen.
@@ -562,16 +570,39 @@ def tune_bias(
         The mean loss of each epoch.
 
     Raises:
-        ValueError: there are no pairs or no biases, an argument lies outside its range, or a loss is not finite.
+        ValueError: there are no pairs, not finite ones or no biases, an argument lies outside its range, or losses or
+            biases do not stay finite.
     """
     pairs = list(loader)
     require(bool(pairs), "loader", pairs, "one or more pairs")
+    check_finite_batches(pairs)
     require(epochs >= 1, "epochs", epochs, "at least 1")
     require(0 < lr < math.inf, "lr", lr, "above 0 and finite")
     biases = [m.bias for m in model.modules() if isinstance(m, Layer) and m.bias is not None]
     require(bool(biases), "model", type(model).__name__, "one with layers that have biases")
-    model.eval()
-    trained = [bias.requires_grad for bias in biases]
+    before = [(bias, bias.detach().clone(), bias.requires_grad, bias.grad) for bias in biases]
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        return _tuned(model.eval(), biases, pairs, loss, epochs, lr)
+    except BaseException:
+        for bias, value, _, _ in before:
+            bias.detach().copy_(value)
+        for module, mode in modes:
+            module.training = mode
+        raise
+    finally:
+        for bias, _, trained, grad in before:
+            bias.requires_grad_(trained).grad = grad
+
+
+def _tuned(
+    model: nn.Module,
+    biases: Sequence[Tensor],
+    pairs: Sequence[tuple[Tensor, Tensor]],
+    loss: Callable[[Tensor, Tensor], Tensor],
+    epochs: int,
+    lr: float,
+) -> list[float]:
     optimizer = torch.optim.Adam([bias.requires_grad_(True) for bias in biases], lr)
     means = []
     for _ in range(epochs):
@@ -586,9 +617,8 @@ def tune_bias(
         means.append(torch.stack(losses).mean().item())
         if not math.isfinite(means[-1]):
             raise ValueError(f"the loss must be finite, got {means[-1]} in epoch {len(means)}")
-    for bias, was in zip(biases, trained, strict=True):
-        bias.grad = None
-        bias.requires_grad_(was)
+        if not all(bias.isfinite().all() for bias in biases):
+            raise ValueError(f"the biases must stay finite, got others in epoch {len(means)}")
     return means
 
 

@@ -102,8 +102,7 @@ def quantize_(
     check_unshared_weights(model, layers)
     check_finite_weights(layers)
     batches = list(calibration)
-    for number, batch in enumerate(batches):
-        _check_finite(batch, number)
+    check_finite_batches(batches)
     check: Callable[[str, nn.Module], None] | None = getattr(config, "check", None)
     if check is not None:
         for name in names:
@@ -206,11 +205,13 @@ def check_finite_weights(layers: Mapping[str, Any]) -> None:
             raise ValueError(f"the weights of {name or 'the layer'} are not finite")
 
 
-def _check_finite(batch: Batch, number: int) -> None:
-    tensors = [batch] if isinstance(batch, Tensor) else batch.values() if isinstance(batch, Mapping) else batch
-    for tensor in tensors:
-        if isinstance(tensor, Tensor) and not tensor.isfinite().all():
-            raise ValueError(f"batch {number} of the calibration data has values that are not finite")
+def check_finite_batches(batches: Sequence[Batch]) -> None:
+    """Refuse calibration data that are not finite."""
+    for number, batch in enumerate(batches):
+        tensors = [batch] if isinstance(batch, Tensor) else batch.values() if isinstance(batch, Mapping) else batch
+        for tensor in tensors:
+            if isinstance(tensor, Tensor) and not tensor.isfinite().all():
+                raise ValueError(f"batch {number} of the calibration data has values that are not finite")
 
 
 @torch.no_grad()
