@@ -117,6 +117,18 @@ def test_the_first_token_is_exact_and_leaves_the_others_their_range():
     assert errors[1] > 100 * errors[0]
 
 
+def test_a_text_of_the_first_token_alone_is_projected_in_float():
+    linear, text = nn.Linear(8, 4), normal(2, 3, 8)
+    projection = BOSAwareProjection(copy.deepcopy(linear), 4, 4)
+    for _ in range(2):
+        projection.observe(text[:, :1])
+        torch.testing.assert_close(projection(text[:, :1]), linear(text[:, :1]))
+        assert projection(text[:, :0]).shape == (2, 0, 4)
+        before = projection.inputs.low.clone()
+        projection.observe(text)
+    assert before == projection.inputs.low == text[:, 1:].amin()
+
+
 @pytest.mark.parametrize("kind", ["weight", "activation"])
 def test_sensitivity_rounds_one_layer_at_a_time(kind):
     model, x = network(), normal(40, 16)

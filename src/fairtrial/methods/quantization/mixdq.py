@@ -112,6 +112,8 @@ class ActivationQuantizer(nn.Module):
         Raises:
             ValueError: the batch is not finite.
         """
+        if x.numel() == 0:
+            return
         low, high = x.amin().clamp_max(0), x.amax().clamp_min(0)
         require(bool(low.isfinite() & high.isfinite()), "x", "not finite", "finite")
         weight = torch.where(self.low.isnan(), 1.0, 1 - MOMENTUM)
@@ -120,6 +122,8 @@ class ActivationQuantizer(nn.Module):
 
     def forward(self, x: Float[Tensor, "*s"]) -> Float[Tensor, "*s"]:
         """x within the range; before any calibration, within its own."""
+        if x.numel() == 0:
+            return x
         with torch.no_grad():
             known = ~self.low.isnan()
             low, high = torch.where(known, self.low, x.amin()), torch.where(known, self.high, x.amax())
