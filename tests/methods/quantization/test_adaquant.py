@@ -454,3 +454,36 @@ def test_biases_come_back_when_they_cannot_be_tuned():
         assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
         assert not any(p.requires_grad or p.grad is not None for p in model.parameters())
         assert model.training
+
+
+@pytest.mark.parametrize("wrong", [2.5, 4.0, True])
+def test_counts_are_whole_numbers(monkeypatch, wrong):
+    monkeypatch.setattr("jaxtyping.config.jaxtyping_disable", True)  # its checks would come before the method's own
+    x, y = normal(3, 4), normal(3, 2)
+    model = nn.Sequential(nn.Linear(4, 2), nn.BatchNorm1d(2)).train()
+    for name, call in (
+        ("bits", lambda: AffineFakeQuant(wrong)),
+        ("channels", lambda: AffineFakeQuant(4, 0, wrong)),
+        ("bits", lambda: FakeQuantLayer(LAYER, wrong)),
+        ("bits", lambda: FakeQuantLayer(LAYER, 4, wrong)),
+        ("group_size", lambda: FakeQuantLayer(LAYER, 4, size=wrong)),
+        ("steps", lambda: adaquant_layer(LAYER, x, y, wrong)),
+        ("batch", lambda: adaquant_layer(LAYER, x, y, batch=wrong)),
+        ("bits", lambda: AdaQuant(wrong)),
+        ("group_size", lambda: AdaQuant(group_size=wrong)),
+        ("steps", lambda: AdaQuant(steps=wrong)),
+        ("batch_size", lambda: AdaQuant(batch_size=wrong)),
+        ("weight_bits", lambda: adaquant_model(model, [x], weight_bits=wrong)),
+        ("act_bits", lambda: adaquant_model(model, [x], act_bits={"0": wrong})),
+        ("steps", lambda: adaquant_model(model, [x], steps=wrong)),
+        ("batch", lambda: adaquant_model(model, [x], batch=wrong)),
+        ("passes", lambda: retune_batchnorm(model, [x], wrong)),
+        ("epochs", lambda: tune_bias(model, [(x, y)], epochs=wrong)),
+        ("delta_loss", lambda: allocate_bits_ip({wrong: (1.0,)}, (10,), 8, 0.5)),
+        ("sizes", lambda: allocate_bits_ip({2: (1.0,)}, (wrong,), 8, 0.5)),
+        ("base_bits", lambda: allocate_bits_ip({1: (1.0,)}, (10,), wrong, 0.5)),
+    ):
+        with pytest.raises(ValueError, match=f"{name} must be"):
+            call()
+    assert model.training
+    assert isinstance(model[0], nn.Linear)

@@ -302,3 +302,24 @@ def test_batches_with_labels_are_judged_by_logits(small_gpt):
         for batch in ({"input_ids": ids}, {"input_ids": ids, "labels": ids})
     )
     assert [layer.bits for _, layer in packed_layers(plain)] == [layer.bits for _, layer in packed_layers(labelled)]
+
+
+@pytest.mark.parametrize("wrong", [2.5, 4.0, True])
+def test_widths_are_whole_numbers(monkeypatch, wrong):
+    monkeypatch.setattr("jaxtyping.config.jaxtyping_disable", True)  # its checks would come before the method's own
+    model = network()
+    for call in (
+        lambda: fake_quantize(torch.ones(2), wrong),
+        lambda: ActivationQuantizer(wrong),
+        lambda: BOSAwareProjection(nn.Linear(2, 2), wrong),
+        lambda: BOSAwareProjection(nn.Linear(2, 2), 8, wrong),
+        lambda: layer_sensitivity(model, ["0"], [wrong], lambda m: m(normal(2, 16)), sqnr_db),
+    ):
+        with pytest.raises(ValueError, match="bits must be a whole number from 2 to 16"):
+            call()
+    scores = {"a": {2: 1.0, wrong: 2.0}}
+    for call in (lambda: allocate_bits(scores, {"a": 1}, 2, (2, wrong)), lambda: MixDQ(candidates=(2, wrong))):
+        with pytest.raises(ValueError, match="candidates"):
+            call()
+    with pytest.raises(ValueError, match="group_size"):
+        MixDQ(group_size=wrong)

@@ -22,7 +22,7 @@ from fairtrial.methods.quantization import (
     save_packed,
     unpack,
 )
-from fairtrial.methods.quantization.packing import packed_width
+from fairtrial.methods.quantization.packing import group_size, packed_width
 
 
 @given(bits=st.integers(1, 8), rows=st.integers(1, 4), n=st.integers(1, 40), seed=st.integers(0, 100))
@@ -250,3 +250,21 @@ def test_gradients_flow_through_the_layers_of_the_cpu_kernels(kind, bits: int, g
     assert (found - exact).abs().max() < 0.02 * exact.abs().max()
     with torch.no_grad():
         assert (y - fast(x)).abs().max() < 0.01 * y.abs().max()
+
+
+@pytest.mark.parametrize("wrong", [2.5, 4.0, True])
+def test_bits_and_sizes_of_groups_are_whole_numbers(monkeypatch, wrong) -> None:
+    monkeypatch.setattr("jaxtyping.config.jaxtyping_disable", True)  # its checks would come before the method's own
+    codes, ones = torch.zeros(2, 4, dtype=torch.uint8), torch.ones(2, 1)
+    for call in (
+        lambda: pack(codes, wrong),
+        lambda: unpack(codes, wrong, 4),
+        lambda: PackedLinear(codes, ones, ones, wrong),
+        lambda: RoundToNearest(bits=wrong),
+    ):
+        with pytest.raises(ValueError, match="bits must be a whole number from 1 to 8"):
+            call()
+    with pytest.raises(ValueError, match="group_size must be -1 or a whole number"):
+        RoundToNearest(group_size=wrong)
+    with pytest.raises(ValueError, match="group_size must be -1 or a divisor"):
+        group_size(8, wrong)

@@ -85,7 +85,8 @@ class AffineFakeQuant(nn.Module):
 
     def __init__(self, bits: int, channel_axis: int | None = None, channels: int = 1) -> None:
         super().__init__()
-        require(isinstance(bits, int) and 1 <= bits <= 16, "bits", bits, "a whole number from 1 to 16")
+        check_bits("bits", bits)
+        require(type(channels) is int and channels >= 1, "channels", channels, "a whole number of at least 1")
         require(channels == 1 or channel_axis is not None, "channels", channels, "1 without a channel_axis")
         self.bits, self.channel_axis = bits, channel_axis
         self.range, self.zero = nn.Parameter(torch.ones(channels)), nn.Parameter(torch.zeros(channels))
@@ -126,6 +127,11 @@ class AffineFakeQuant(nn.Module):
 
     def extra_repr(self) -> str:
         return f"bits={self.bits}, channels={len(self.range)}"
+
+
+def check_bits(name: str, bits: int | None) -> None:
+    """Refuse bits that no quantiser could have."""
+    require(type(bits) is int and 1 <= bits <= 16, name, bits, "a whole number from 1 to 16")
 
 
 class FakeQuantLayer(nn.Module):
@@ -220,6 +226,12 @@ def rate_groups(layers: Iterable[FakeQuantLayer], rates: Rates) -> list[dict[str
     return groups
 
 
+def check_tuning(steps: int, batch: int, batch_name: str = "batch") -> None:
+    """Refuse numbers of steps, and of samples in each, that no tuning could have."""
+    require(type(steps) is int and steps >= 0, "steps", steps, "a whole number of at least 0")
+    require(type(batch) is int and batch >= 1, batch_name, batch, "a whole number of at least 1")
+
+
 def adaquant_layer(
     layer: Layer,
     x: Float[Tensor, "n ..."],
@@ -258,8 +270,7 @@ def adaquant_layer(
             is not finite.
     """
     require(len(x) > 0 and len(x) == len(y), "x", tuple(x.shape), f"one or more samples, as many as of y, {len(y)}")
-    require(steps >= 0, "steps", steps, "at least 0")
-    require(batch >= 1, "batch", batch, "at least 1")
+    check_tuning(steps, batch)
     require(input_range in ("sample means", "extremes"), "input_range", input_range, "'sample means' or 'extremes'")
     generator = torch.Generator().manual_seed(0) if generator is None else generator
     dtype = layer.weight.dtype
@@ -341,8 +352,7 @@ class AdaQuant:
 
     def __post_init__(self) -> None:
         check_rounding(self.bits, self.group_size)
-        require(self.steps >= 0, "steps", self.steps, "at least 0")
-        require(self.batch_size >= 1, "batch_size", self.batch_size, "at least 1")
+        check_tuning(self.steps, self.batch_size, "batch_size")
         for name in ("weight_lr", "bias_lr", "range_lr"):
             require(0 <= getattr(self, name) < math.inf, name, getattr(self, name), "at least 0 and finite")
 
@@ -411,6 +421,7 @@ def adaquant_model(
     """
     batches = list(calib_loader)
     require(bool(batches), "calib_loader", batches, "one or more batches")
+    check_tuning(steps, batch)
     check_finite_batches(batches)
     done = next((n for n, m in model.named_modules() if isinstance(m, FakeQuantLayer)), None)
     require(done is None, "model", done, "without rounded layers")
@@ -422,6 +433,9 @@ def adaquant_model(
     for argument, bits in (("weight_bits", weight_bits), ("act_bits", act_bits)):
         lacking = [name for name in layers if isinstance(bits, Mapping) and name not in bits]
         require(not lacking, argument, bits, f"of all layers, {lacking} too")
+        for width in [bits[name] for name in layers] if isinstance(bits, Mapping) else [bits]:
+            if width is not None or argument == "weight_bits":
+                check_bits(argument, width)
     shapes: dict[str, set[tuple[int, ...]]] = {}  # of samples, by layer, in the order of calls
     with watching(layers, lambda name, x, y: shapes.setdefault(name, set()).add(tuple(x.shape[1:]))):
         for each in batches:
@@ -487,7 +501,7 @@ def retune_batchnorm(model: nn.Module, loader: Iterable[Batch], passes: int = 1)
     """
     norms = [m for m in model.modules() if isinstance(m, BatchNorm) and m.track_running_stats]
     require(bool(norms), "model", type(model).__name__, "one with batch norms")
-    require(passes >= 1, "passes", passes, "at least 1")
+    require(type(passes) is int and passes >= 1, "passes", passes, "a whole number of at least 1")
     batches = list(loader)
     require(bool(batches), "loader", batches, "one or more batches")
     before = [(norm, copy.deepcopy(norm.state_dict()), norm.momentum) for norm in norms]
@@ -576,7 +590,7 @@ def tune_bias(
     pairs = list(loader)
     require(bool(pairs), "loader", pairs, "one or more pairs")
     check_finite_batches(pairs)
-    require(epochs >= 1, "epochs", epochs, "at least 1")
+    require(type(epochs) is int and epochs >= 1, "epochs", epochs, "a whole number of at least 1")
     require(0 < lr < math.inf, "lr", lr, "above 0 and finite")
     biases = [m.bias for m in model.modules() if isinstance(m, Layer) and m.bias is not None]
     require(bool(biases), "model", type(model).__name__, "one with layers that have biases")
@@ -649,10 +663,13 @@ def allocate_bits_ip(
         ValueError: no choice is small enough, a loss is not finite, or lengths differ.
     """
     layers = len(sizes)
-    require(layers > 0 and all(size > 0 for size in sizes), "sizes", sizes, "one or more numbers above 0")
+    whole = layers > 0 and all(type(size) is int and size > 0 for size in sizes)
+    require(whole, "sizes", sizes, "one or more whole numbers above 0")
+    require(type(base_bits) is int and base_bits >= 1, "base_bits", base_bits, "a whole number of at least 1")
     require(0 < target_ratio < math.inf, "target_ratio", target_ratio, "above 0")
     options = sorted(delta_loss)
-    require(all(1 <= bits < base_bits for bits in options), "delta_loss", options, f"of widths below {base_bits} bits")
+    narrower = all(type(bits) is int and 1 <= bits < base_bits for bits in options)
+    require(narrower, "delta_loss", options, f"of whole widths below {base_bits} bits")
     for bits, losses in delta_loss.items():
         whole = len(losses) == layers and all(math.isfinite(loss) for loss in losses)
         require(whole, f"delta_loss[{bits}]", losses, f"{layers} finite numbers")

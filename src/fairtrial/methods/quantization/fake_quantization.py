@@ -56,9 +56,14 @@ class StraightThroughLinear(nn.Linear):
     Args:
         layer: whose Parameters it takes.
         weight_bits, act_bits: from 1 to 8.
+
+    Raises:
+        ValueError: bits are out of range.
     """
 
     def __init__(self, layer: nn.Linear, weight_bits: int, act_bits: int) -> None:
+        for name, bits in (("weight_bits", weight_bits), ("act_bits", act_bits)):
+            require(type(bits) is int and 1 <= bits <= 8, name, bits, "a whole number from 1 to 8")
         super().__init__(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
         self.weight, self.bias = layer.weight, layer.bias
         self.weight_bits, self.act_bits = weight_bits, act_bits
@@ -86,8 +91,6 @@ def straight_through_linear(
     Raises:
         ValueError: there is nothing to replace, or an argument lies outside its range.
     """
-    for name, bits in (("weight_bits", weight_bits), ("act_bits", act_bits)):
-        require(isinstance(bits, int) and 1 <= bits <= 8, name, bits, "a whole number from 1 to 8")
     return replace_linear_layers(model, lambda layer: StraightThroughLinear(layer, weight_bits, act_bits), skip=skip)
 
 

@@ -82,7 +82,7 @@ def round_within(x: Tensor, low: Tensor, high: Tensor, bits: int, *, symmetric: 
 
 
 def require_bits(bits: int) -> None:
-    require(isinstance(bits, int) and 2 <= bits <= 16, "bits", bits, "from 2 to 16")
+    require(type(bits) is int and 2 <= bits <= 16, "bits", bits, "a whole number from 2 to 16")
 
 
 class ActivationQuantizer(nn.Module):
@@ -304,7 +304,8 @@ def _allocation(group: MixedGroup, mean_bits: float | int, tol: float | int, sen
     """None if no choice has such a mean."""
     scores, sizes, candidates = group
     require(bool(scores), "scores", scores, "of at least one layer")
-    require(bool(candidates), "candidates", candidates, "at least one width")
+    whole = bool(candidates) and all(type(b) is int for b in candidates)
+    require(whole, "candidates", candidates, "at least one width, and whole numbers")
     require(tol >= 0, "tol", tol, "at least 0")
     for name, by_bits in scores.items():
         lacking = [b for b in candidates if not math.isfinite(by_bits.get(b, math.nan))]
@@ -406,8 +407,8 @@ class MixDQ:
     wants: ClassVar[frozenset[Want]] = frozenset()
 
     def __post_init__(self) -> None:
-        fit = len(self.candidates) > 0 and all(isinstance(b, int) and 2 <= b <= 8 for b in self.candidates)
-        require(fit, "candidates", self.candidates, "widths from 2 to 8")
+        fit = len(self.candidates) > 0 and all(type(b) is int and 2 <= b <= 8 for b in self.candidates)
+        require(fit, "candidates", self.candidates, "whole numbers from 2 to 8")
         low, high = min(self.candidates), max(self.candidates)
         require(low <= self.bits <= high, "bits", self.bits, f"from {low} to {high}, as the candidates")
         require(self.tol >= 0, "tol", self.tol, "at least 0")

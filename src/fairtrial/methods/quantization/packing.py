@@ -31,7 +31,7 @@ def pack(codes: UInt8[Tensor, "rows n"], bits: int) -> UInt8[Tensor, "rows w"]:
     Raises:
         ValueError: `bits` is out of range, or a code does not fit.
     """
-    require(1 <= bits <= 8, "bits", bits, "from 1 to 8")
+    require(type(bits) is int and 1 <= bits <= 8, "bits", bits, "a whole number from 1 to 8")
     if codes.numel() and int(codes.max()) >= 2**bits:
         raise ValueError(f"codes of {bits} bits must be below {2**bits}, got {int(codes.max())}")
     if bits == 8:
@@ -54,7 +54,7 @@ def unpack(packed: UInt8[Tensor, "rows w"], bits: int, n: int) -> UInt8[Tensor, 
     Raises:
         ValueError: `bits` is out of range, or the rows are not as long as `n` codes are.
     """
-    require(1 <= bits <= 8, "bits", bits, "from 1 to 8")
+    require(type(bits) is int and 1 <= bits <= 8, "bits", bits, "a whole number from 1 to 8")
     width = packed_width(n, bits)
     require(packed.shape[1] == width, "packed", tuple(packed.shape), f"of width {width}, for {n} codes of {bits} bits")
     if bits == 8:
@@ -292,8 +292,9 @@ def group_size(width: int, asked: int) -> int:
     """The size of groups along an input of that width; -1 asks for the whole row.
 
     Raises:
-        ValueError: it does not divide the width.
+        ValueError: it is no whole number that divides the width.
     """
     size = width if asked == -1 else asked
-    require(size >= 1 and width % size == 0, "group_size", asked, f"-1 or a divisor of the layer's input width {width}")
+    divides = type(asked) is int and size >= 1 and width % size == 0
+    require(divides, "group_size", asked, f"-1 or a divisor of the layer's input width {width}, a whole number")
     return size

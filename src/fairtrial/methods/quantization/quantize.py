@@ -619,9 +619,9 @@ class RoundToNearest:
 
 def check_rounding(bits: int, group_size: int) -> None:
     """Refuse numbers of bits and sizes of groups that no layer could have."""
-    require(isinstance(bits, int) and 1 <= bits <= 8, "bits", bits, "from 1 to 8")
-    accepted = isinstance(group_size, int) and (group_size == -1 or group_size >= 1)
-    require(accepted, "group_size", group_size, "-1 or at least 1")
+    require(type(bits) is int and 1 <= bits <= 8, "bits", bits, "a whole number from 1 to 8")
+    accepted = type(group_size) is int and (group_size == -1 or group_size >= 1)
+    require(accepted, "group_size", group_size, "-1 or a whole number of at least 1")
 
 
 def check_groups(name: str, layer: nn.Linear, asked: int) -> None:
