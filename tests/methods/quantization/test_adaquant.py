@@ -183,7 +183,7 @@ def test_convolutions_are_rounded_too():
     exact = copy.deepcopy(model)
     adaquant_model(model, [x], steps=10, relu=("0",), weight_bits=8, act_bits=8)
     assert (model(x) - exact(x)).abs().max() < 0.2
-    assert all(len(channel.unique()) <= 256 for channel in model[0].weight())
+    assert all(len(channel.unique()) <= 256 for channel in model[0].weight)
 
 
 def test_statistics_are_those_of_the_data():
@@ -281,10 +281,26 @@ def test_a_layer_packs_what_it_rounds_to():
     layer = nn.Linear(32, 6)
     fake = FakeQuantLayer(layer, 3, None, size=8)
     packed = fake.packed(torch.float32)
-    torch.testing.assert_close(packed.dequantize(), fake.weight(), atol=1e-6, rtol=0)
+    torch.testing.assert_close(packed.dequantize(), fake.weight, atol=1e-6, rtol=0)
     torch.testing.assert_close(packed(normal(4, 32)), fake(normal(4, 32)), atol=1e-5, rtol=0)
     with pytest.raises(ValueError, match="inputs that are not rounded"):
         FakeQuantLayer(layer, 3, 3).packed()
+
+
+@pytest.mark.parametrize("act_bits", [None, 2])
+def test_encoders_compute_with_rounded_layers_in_evaluation_too(act_bits):
+    torch.manual_seed(0)
+    encoder, x = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True), torch.randn(3, 5, 16)
+    adaquant_model(encoder, [x], weight_bits=2, act_bits=act_bits, steps=0)
+    assert isinstance(encoder.linear1, FakeQuantLayer)
+    expected = encoder.train()(x)
+    with torch.no_grad():
+        torch.testing.assert_close(encoder.eval()(x), expected)
+        encoder.activation_relu_or_gelu = 1  # as where layers are put in place by hand
+        encoder.linear1, encoder.linear2 = (
+            FakeQuantLayer(m.layer, 2, None) for m in (encoder.linear1, encoder.linear2)
+        )
+        torch.testing.assert_close(encoder(x), encoder.train()(x))
 
 
 def test_parallel_calibration_sees_the_inputs_of_the_float_model():
@@ -390,3 +406,84 @@ def test_budgets_hold_to_the_last_bit():
     found = allocate_bits_ip({4: [10.0, 1.0]}, sizes, 8, limit / (32 * sum(sizes)))
     assert (found.bits, found.size) == ([8, 4], limit)
     assert allocate_bits_ip({4: [10.0, 10.0]}, sizes, 8, limit / (32 * sum(sizes))).size <= limit
+
+
+def test_texts_may_have_different_lengths():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(20, 8), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
+    rows, batches = copy.deepcopy(model), [torch.arange(10).view(2, 5), torch.arange(6).view(2, 3)]
+    errors = adaquant_model(model, batches, steps=10)
+    assert errors == adaquant_model(rows, [each.flatten() for each in batches], steps=10)
+    assert torch.equal(model(batches[0]), rows(batches[0]))
+
+
+def test_what_a_network_cannot_be_tuned_on_is_refused_before_anything_changes():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Conv2d(1, 2, 3)).train()
+    before = copy.deepcopy(model.state_dict())
+    sizes, broken = [torch.ones(2, 1, 6, 8), torch.ones(2, 1, 5, 8)], [torch.ones(2, 1, 6, 8)] * 2
+    broken[1] = broken[1] * math.nan
+    for batches, message in (
+        (sizes, "calib_loader must be data that have one shape at the convolution 1"),
+        (broken, "batch 1 of the calibration data has values that are not finite"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            adaquant_model(model, batches, steps=1)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert model.training
+
+
+def test_biases_come_back_when_they_cannot_be_tuned():
+    def broken(output, target):
+        calls.append(0)
+        return F.mse_loss(output, target) if len(calls) == 1 else 1 / 0
+
+    def steep(output, target):  # finite, with gradients that are not
+        return (output - output.detach()).abs().sqrt().sum()
+
+    model, x, y, calls = nn.Sequential(nn.Linear(8, 8)), normal(6, 8), normal(6, 8, seed=1), []
+    model.train().requires_grad_(False)
+    before = copy.deepcopy(model.state_dict())
+    for pairs, options, refused, message in (
+        ([(x, y)] * 2, {"loss": broken}, ZeroDivisionError, "division"),
+        ([(x, y)], {"loss": steep}, ValueError, "biases must stay finite"),
+        ([(x, y)], {"lr": 1e30}, ValueError, "loss must be finite"),
+        ([(x, y), (x, y / 0)], {}, ValueError, "batch 1 of the calibration data"),
+    ):
+        with pytest.raises(refused, match=message):
+            tune_bias(model, pairs, **options)
+        assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+        assert not any(p.requires_grad or p.grad is not None for p in model.parameters())
+        assert model.training
+
+
+@pytest.mark.parametrize("wrong", [2.5, 4.0, True])
+def test_counts_are_whole_numbers(monkeypatch, wrong):
+    monkeypatch.setattr("jaxtyping.config.jaxtyping_disable", True)  # its checks would come before the method's own
+    x, y = normal(3, 4), normal(3, 2)
+    model = nn.Sequential(nn.Linear(4, 2), nn.BatchNorm1d(2)).train()
+    for name, call in (
+        ("bits", lambda: AffineFakeQuant(wrong)),
+        ("channels", lambda: AffineFakeQuant(4, 0, wrong)),
+        ("bits", lambda: FakeQuantLayer(LAYER, wrong)),
+        ("bits", lambda: FakeQuantLayer(LAYER, 4, wrong)),
+        ("group_size", lambda: FakeQuantLayer(LAYER, 4, size=wrong)),
+        ("steps", lambda: adaquant_layer(LAYER, x, y, wrong)),
+        ("batch", lambda: adaquant_layer(LAYER, x, y, batch=wrong)),
+        ("bits", lambda: AdaQuant(wrong)),
+        ("group_size", lambda: AdaQuant(group_size=wrong)),
+        ("steps", lambda: AdaQuant(steps=wrong)),
+        ("batch_size", lambda: AdaQuant(batch_size=wrong)),
+        ("weight_bits", lambda: adaquant_model(model, [x], weight_bits=wrong)),
+        ("act_bits", lambda: adaquant_model(model, [x], act_bits={"0": wrong})),
+        ("steps", lambda: adaquant_model(model, [x], steps=wrong)),
+        ("batch", lambda: adaquant_model(model, [x], batch=wrong)),
+        ("passes", lambda: retune_batchnorm(model, [x], wrong)),
+        ("epochs", lambda: tune_bias(model, [(x, y)], epochs=wrong)),
+        ("delta_loss", lambda: allocate_bits_ip({wrong: (1.0,)}, (10,), 8, 0.5)),
+        ("sizes", lambda: allocate_bits_ip({2: (1.0,)}, (wrong,), 8, 0.5)),
+        ("base_bits", lambda: allocate_bits_ip({1: (1.0,)}, (10,), wrong, 0.5)),
+    ):
+        with pytest.raises(ValueError, match=f"{name} must be"):
+            call()
+    assert model.training
+    assert isinstance(model[0], nn.Linear)

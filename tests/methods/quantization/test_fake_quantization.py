@@ -79,3 +79,11 @@ def test_encoders_compute_with_rounded_layers_in_evaluation_too(surgery) -> None
     with torch.no_grad():
         torch.testing.assert_close(encoder(x), expected[0])
         torch.testing.assert_close(encoder(x, src_key_padding_mask=padding)[0], expected[1][0])
+
+
+@pytest.mark.parametrize("wrong", [2.5, 4.0, True])
+def test_layers_have_whole_bits(monkeypatch, wrong) -> None:
+    monkeypatch.setattr("jaxtyping.config.jaxtyping_disable", True)  # its checks would come before the method's own
+    for bits in ((wrong, 4), (4, wrong)):
+        with pytest.raises(ValueError, match="_bits must be a whole number from 1 to 8"):
+            StraightThroughLinear(nn.Linear(4, 4), *bits)

@@ -321,3 +321,14 @@ def test_a_layer_that_is_the_model_or_in_two_places_is_replaced():
     gwq_quantize(model, {"0": mask}, group_size=8)
     assert isinstance(model[2], PackedLinear)
     assert model[0] is model[2]
+
+
+@pytest.mark.parametrize("wrong", [2.5, 4.0, True])
+def test_bits_and_groups_are_whole_numbers(monkeypatch, wrong) -> None:
+    monkeypatch.setattr("jaxtyping.config.jaxtyping_disable", True)  # its checks would come before the method's own
+    masks = {"0": torch.zeros(32, 16, dtype=torch.bool)}
+    for options in ({"bits": wrong}, {"group_size": wrong}):
+        with pytest.raises(ValueError, match=f"{next(iter(options))} must be"):
+            GWQ(**options)
+        with pytest.raises(ValueError, match=f"{next(iter(options))} must be"):
+            gwq_quantize(network(), masks, **options)

@@ -36,3 +36,10 @@ def test_other_lengths_are_refused() -> None:
         hadamard_transform(torch.ones(3, 6))
     with pytest.raises(ValueError, match="a power of two"):
         hadamard_matrix(12)
+
+
+@pytest.mark.parametrize("n", [4.0, True])
+def test_sizes_are_whole_numbers(monkeypatch, n) -> None:
+    monkeypatch.setattr("jaxtyping.config.jaxtyping_disable", True)  # its checks would come before the method's own
+    with pytest.raises(ValueError, match="n must be a power of two"):
+        hadamard_matrix(n)

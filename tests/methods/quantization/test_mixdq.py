@@ -117,6 +117,18 @@ def test_the_first_token_is_exact_and_leaves_the_others_their_range():
     assert errors[1] > 100 * errors[0]
 
 
+def test_a_text_of_the_first_token_alone_is_projected_in_float():
+    linear, text = nn.Linear(8, 4), normal(2, 3, 8)
+    projection = BOSAwareProjection(copy.deepcopy(linear), 4, 4)
+    for _ in range(2):
+        projection.observe(text[:, :1])
+        torch.testing.assert_close(projection(text[:, :1]), linear(text[:, :1]))
+        assert projection(text[:, :0]).shape == (2, 0, 4)
+        before = projection.inputs.low.clone()
+        projection.observe(text)
+    assert before == projection.inputs.low == text[:, 1:].amin()
+
+
 @pytest.mark.parametrize("kind", ["weight", "activation"])
 def test_sensitivity_rounds_one_layer_at_a_time(kind):
     model, x = network(), normal(40, 16)
@@ -290,3 +302,24 @@ def test_batches_with_labels_are_judged_by_logits(small_gpt):
         for batch in ({"input_ids": ids}, {"input_ids": ids, "labels": ids})
     )
     assert [layer.bits for _, layer in packed_layers(plain)] == [layer.bits for _, layer in packed_layers(labelled)]
+
+
+@pytest.mark.parametrize("wrong", [2.5, 4.0, True])
+def test_widths_are_whole_numbers(monkeypatch, wrong):
+    monkeypatch.setattr("jaxtyping.config.jaxtyping_disable", True)  # its checks would come before the method's own
+    model = network()
+    for call in (
+        lambda: fake_quantize(torch.ones(2), wrong),
+        lambda: ActivationQuantizer(wrong),
+        lambda: BOSAwareProjection(nn.Linear(2, 2), wrong),
+        lambda: BOSAwareProjection(nn.Linear(2, 2), 8, wrong),
+        lambda: layer_sensitivity(model, ["0"], [wrong], lambda m: m(normal(2, 16)), sqnr_db),
+    ):
+        with pytest.raises(ValueError, match="bits must be a whole number from 2 to 16"):
+            call()
+    scores = {"a": {2: 1.0, wrong: 2.0}}
+    for call in (lambda: allocate_bits(scores, {"a": 1}, 2, (2, wrong)), lambda: MixDQ(candidates=(2, wrong))):
+        with pytest.raises(ValueError, match="candidates"):
+            call()
+    with pytest.raises(ValueError, match="group_size"):
+        MixDQ(group_size=wrong)

@@ -22,7 +22,7 @@ from fairtrial.methods.quantization import (
     save_packed,
     unpack,
 )
-from fairtrial.methods.quantization.packing import packed_width
+from fairtrial.methods.quantization.packing import group_size, packed_width
 
 
 @given(bits=st.integers(1, 8), rows=st.integers(1, 4), n=st.integers(1, 40), seed=st.integers(0, 100))
@@ -180,6 +180,29 @@ def test_tied_weights_are_in_a_file_once(tmp_path) -> None:
     assert again["head"].weight is again["embedding"].weight
 
 
+def test_weights_can_be_read_past_the_call_and_are_no_parameter() -> None:
+    packed = quantize_(model(), RoundToNearest(bits=4, group_size=16))
+    assert torch.equal(packed[0].weight, packed[0].dequantize())
+    assert copy.deepcopy(packed).half()[0].weight.dtype == torch.float16
+    assert "0.weight" not in packed.state_dict()
+    assert not list(packed.named_parameters())
+    again = copy.deepcopy(packed)
+    again.load_state_dict(packed.state_dict())
+    assert torch.equal(again[0].weight, packed[0].weight)
+
+
+@pytest.mark.parametrize(("bits", "size"), [(4, 32), (8, -1)])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_layers_of_the_cpu_kernels_take_other_dtypes(bits: int, size: int, dtype: torch.dtype) -> None:
+    packed, x = quantize_(model(), RoundToNearest(bits=bits, group_size=size), skip=("4",)), torch.randn(9, 64)
+    exact = packed(x)
+    fast = for_inference_(packed).to(dtype)
+    for rows in (2, 9):
+        y = fast(x[:rows].to(dtype))
+        assert y.dtype == dtype
+        assert (y.float() - exact[:rows]).abs().max() < 0.03 * exact.abs().max()
+
+
 def test_only_models_whose_layers_are_all_packed_are_saved(tmp_path) -> None:
     path = tmp_path / "model.safetensors"
     some = for_inference_(quantize_(model(), RoundToNearest(bits=4, group_size=16), skip=("2",)))
@@ -204,4 +227,44 @@ def test_a_layer_in_two_places_comes_back_in_both(tmp_path) -> None:
     save_packed(packed, path)
     again = load_packed_(twice(), path)
     assert again["a"] is again["b"]
-    assert torch.equal(again["b"].dequantize(), packed["a"].dequantize())
+    assert torch.equal(again["b"].weight, packed["a"].weight)
+
+
+@pytest.mark.parametrize(("kind", "bits", "groups"), [(CPUInt4Linear, 4, 2), (CPUInt8Linear, 8, 1)])
+def test_layers_of_the_cpu_kernels_have_weights_to_read(kind, bits: int, groups: int) -> None:
+    packed = layer(out=48, width=128, bits=bits, groups=groups)
+    fast = kind(packed)
+    assert fast.weight.dtype == packed.weight.dtype
+    torch.testing.assert_close(fast.weight, packed.weight, rtol=0.01, atol=0.01 * packed.weight.abs().max().item())
+
+
+@pytest.mark.parametrize(("kind", "bits", "groups"), [(CPUInt4Linear, 4, 2), (CPUInt8Linear, 8, 1)])
+@pytest.mark.parametrize("rows", [2, 20])
+def test_gradients_flow_through_the_layers_of_the_cpu_kernels(kind, bits: int, groups: int, rows: int) -> None:
+    packed = layer(out=48, width=128, bits=bits, groups=groups)
+    fast, x, weight = kind(packed), torch.randn(rows, 128, requires_grad=True), torch.randn(rows, 48)
+    (exact,) = torch.autograd.grad((packed(x) * weight).sum(), x)
+    y = fast(x)
+    (found,) = torch.autograd.grad((y * weight).sum(), x)
+    assert found.dtype == x.dtype
+    assert (found - exact).abs().max() < 0.02 * exact.abs().max()
+    with torch.no_grad():
+        assert (y - fast(x)).abs().max() < 0.01 * y.abs().max()
+
+
+@pytest.mark.parametrize("wrong", [2.5, 4.0, True])
+def test_bits_and_sizes_of_groups_are_whole_numbers(monkeypatch, wrong) -> None:
+    monkeypatch.setattr("jaxtyping.config.jaxtyping_disable", True)  # its checks would come before the method's own
+    codes, ones = torch.zeros(2, 4, dtype=torch.uint8), torch.ones(2, 1)
+    for call in (
+        lambda: pack(codes, wrong),
+        lambda: unpack(codes, wrong, 4),
+        lambda: PackedLinear(codes, ones, ones, wrong),
+        lambda: RoundToNearest(bits=wrong),
+    ):
+        with pytest.raises(ValueError, match="bits must be a whole number from 1 to 8"):
+            call()
+    with pytest.raises(ValueError, match="group_size must be -1 or a whole number"):
+        RoundToNearest(group_size=wrong)
+    with pytest.raises(ValueError, match="group_size must be -1 or a divisor"):
+        group_size(8, wrong)

@@ -441,6 +441,40 @@ def test_attention_whose_weights_are_read_past_the_call_still_works() -> None:
             torch.testing.assert_close(each(x), model(x), rtol=0, atol=0.1)
 
 
+def test_encoders_that_read_the_weights_of_their_layers_still_work() -> None:
+    model, x = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2), torch.randn(2, 3, 8)
+    for config in (RoundToNearest(8, 8), GPTQ(8, 8)):
+        each = copy.deepcopy(model).eval()
+        with torch.no_grad():
+            exact = each(x)
+            quantize_(each, config, [x])
+            assert len(list(packed_layers(each))) == 4
+            torch.testing.assert_close(each(x), exact, rtol=0, atol=0.1)
+        torch.testing.assert_close(each(x), exact, rtol=0, atol=0.1)
+
+
+class Breaks(RoundToNearest):
+    def quantize(self, name: str, layer: nn.Linear, found: Found) -> nn.Module:
+        if name.endswith("linear2"):
+            raise ZeroDivisionError
+        return super().quantize(name, layer, found)
+
+
+def test_encoders_call_the_layers_that_were_put_into_them_and_are_as_they_were_after_a_failure() -> None:
+    encoder, x = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2), torch.randn(2, 3, 8)
+    with pytest.raises(ZeroDivisionError):
+        quantize_(encoder, Breaks(8, 8))
+    assert encoder.use_nested_tensor
+    assert encoder.layers[0].activation_relu_or_gelu == 1
+    assert type(encoder.layers[0].linear1) is nn.Linear
+    seen = []
+    quantize_(encoder, RoundToNearest(8, 8))
+    encoder.layers[1].linear2.forward = lambda x: seen.append(x) or x[..., :8]
+    with torch.no_grad():
+        encoder(x)
+    assert len(seen) == 1
+
+
 # What is refused ---------------------------------------------------------------------------------------------------
 
 

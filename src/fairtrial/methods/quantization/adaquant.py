@@ -49,6 +49,7 @@ from fairtrial.methods.quantization.quantize import (
     Found,
     Grid,
     Want,
+    check_finite_batches,
     check_finite_weights,
     check_groups,
     check_rounding,
@@ -84,7 +85,8 @@ class AffineFakeQuant(nn.Module):
 
     def __init__(self, bits: int, channel_axis: int | None = None, channels: int = 1) -> None:
         super().__init__()
-        require(isinstance(bits, int) and 1 <= bits <= 16, "bits", bits, "a whole number from 1 to 16")
+        check_bits("bits", bits)
+        require(type(channels) is int and channels >= 1, "channels", channels, "a whole number of at least 1")
         require(channels == 1 or channel_axis is not None, "channels", channels, "1 without a channel_axis")
         self.bits, self.channel_axis = bits, channel_axis
         self.range, self.zero = nn.Parameter(torch.ones(channels)), nn.Parameter(torch.zeros(channels))
@@ -127,6 +129,11 @@ class AffineFakeQuant(nn.Module):
         return f"bits={self.bits}, channels={len(self.range)}"
 
 
+def check_bits(name: str, bits: int | None) -> None:
+    """Refuse bits that no quantiser could have."""
+    require(type(bits) is int and 1 <= bits <= 16, name, bits, "a whole number from 1 to 16")
+
+
 class FakeQuantLayer(nn.Module):
     """A linear layer or convolution with its own weights, which are rounded at every call, and so may be its inputs.
 
@@ -149,19 +156,25 @@ class FakeQuantLayer(nn.Module):
         self.input_quantizer = None if act_bits is None else AffineFakeQuant(act_bits).to(weights)
         self.weight_quantizer.set_extremes(weights.reshape(rows, -1))
 
+    @property
     def weight(self) -> Float[Tensor, "..."]:
-        """The rounded weights."""
+        """The rounded weights, with which it computes."""
         weight = self.layer.weight
         rounded: Tensor = self.weight_quantizer(weight.reshape(len(self.weight_quantizer.range), -1))
         return rounded.view_as(weight)
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The layer's, for modules that read it with the weights."""
+        return self.layer.bias
 
     def forward(self, x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
         if self.input_quantizer is not None:
             x = self.input_quantizer(x)
         if isinstance(self.layer, nn.Conv2d):
-            convolved: Tensor = self.layer._conv_forward(x, self.weight(), self.layer.bias)
+            convolved: Tensor = self.layer._conv_forward(x, self.weight, self.layer.bias)
             return convolved
-        return F.linear(x, self.weight(), self.layer.bias)
+        return F.linear(x, self.weight, self.layer.bias)
 
     @torch.no_grad()
     def packed(self, scale_dtype: torch.dtype = torch.float16) -> PackedLinear:
@@ -213,6 +226,12 @@ def rate_groups(layers: Iterable[FakeQuantLayer], rates: Rates) -> list[dict[str
     return groups
 
 
+def check_tuning(steps: int, batch: int, batch_name: str = "batch") -> None:
+    """Refuse numbers of steps, and of samples in each, that no tuning could have."""
+    require(type(steps) is int and steps >= 0, "steps", steps, "a whole number of at least 0")
+    require(type(batch) is int and batch >= 1, batch_name, batch, "a whole number of at least 1")
+
+
 def adaquant_layer(
     layer: Layer,
     x: Float[Tensor, "n ..."],
@@ -251,8 +270,7 @@ def adaquant_layer(
             is not finite.
     """
     require(len(x) > 0 and len(x) == len(y), "x", tuple(x.shape), f"one or more samples, as many as of y, {len(y)}")
-    require(steps >= 0, "steps", steps, "at least 0")
-    require(batch >= 1, "batch", batch, "at least 1")
+    check_tuning(steps, batch)
     require(input_range in ("sample means", "extremes"), "input_range", input_range, "'sample means' or 'extremes'")
     generator = torch.Generator().manual_seed(0) if generator is None else generator
     dtype = layer.weight.dtype
@@ -334,8 +352,7 @@ class AdaQuant:
 
     def __post_init__(self) -> None:
         check_rounding(self.bits, self.group_size)
-        require(self.steps >= 0, "steps", self.steps, "at least 0")
-        require(self.batch_size >= 1, "batch_size", self.batch_size, "at least 1")
+        check_tuning(self.steps, self.batch_size, "batch_size")
         for name in ("weight_lr", "bias_lr", "range_lr"):
             require(0 <= getattr(self, name) < math.inf, name, getattr(self, name), "at least 0 and finite")
 
@@ -382,7 +399,8 @@ def adaquant_model(
     """Put a tuned `FakeQuantLayer` in the place of every `nn.Linear` and `nn.Conv2d`, in the order of their calls.
 
     A layer in several places goes by the first of its names. The output projection of `nn.MultiheadAttention` is left
-    alone: its weights are read without a call.
+    alone: its weights are read without a call. Where a linear layer's calls differ in more than the number of samples,
+    as on texts of different lengths, each row of its input is a sample.
 
     Args:
         model: changed in place; put into evaluation mode.
@@ -397,12 +415,14 @@ def adaquant_model(
         The errors of each layer, by name.
 
     Raises:
-        ValueError: there are no calibration data, no layers, the model is rounded already or is a layer itself, a layer
-            has weights that are not finite or no bits, or the data never reach it; nothing is changed then. Also if an
-            error is not finite.
+        ValueError: there are no calibration data or not finite ones, no layers, the model is rounded already or is a
+            layer itself, a layer has weights that are not finite or no bits, the data never reach it, or have several
+            shapes at a convolution; nothing is changed then. Also if an error is not finite.
     """
     batches = list(calib_loader)
     require(bool(batches), "calib_loader", batches, "one or more batches")
+    check_tuning(steps, batch)
+    check_finite_batches(batches)
     done = next((n for n, m in model.named_modules() if isinstance(m, FakeQuantLayer)), None)
     require(done is None, "model", done, "without rounded layers")
     require(not isinstance(model, Layer), "model", type(model).__name__, "one with layers; for one, adaquant_layer")
@@ -413,17 +433,23 @@ def adaquant_model(
     for argument, bits in (("weight_bits", weight_bits), ("act_bits", act_bits)):
         lacking = [name for name in layers if isinstance(bits, Mapping) and name not in bits]
         require(not lacking, argument, bits, f"of all layers, {lacking} too")
-    order: list[str] = []
-    with watching(layers, lambda name, x, y: order.append(name)):
-        run(exact, batches[0])
-    order = list(dict.fromkeys(order))
-    missing = [name for name in layers if name not in order]
+        for width in [bits[name] for name in layers] if isinstance(bits, Mapping) else [bits]:
+            if width is not None or argument == "weight_bits":
+                check_bits(argument, width)
+    shapes: dict[str, set[tuple[int, ...]]] = {}  # of samples, by layer, in the order of calls
+    with watching(layers, lambda name, x, y: shapes.setdefault(name, set()).add(tuple(x.shape[1:]))):
+        for each in batches:
+            run(exact, each)
+    missing = [name for name in layers if name not in shapes]
     require(not missing, "calib_loader", missing, "data that reach every layer")
+    for name, found in shapes.items():
+        fit = len(found) == 1 or isinstance(layers[name], nn.Linear)
+        require(fit, "calib_loader", found, f"data that have one shape at the convolution {name}")
     model.eval()
     generator = torch.Generator().manual_seed(0) if generator is None else generator
 
     errors = {}
-    for name in order:
+    for name in shapes:
         x, y = _seen(exact, name, batches)
         if sequential:
             x, _ = _seen(model, name, batches)
@@ -452,6 +478,8 @@ def _seen(model: nn.Module, name: str, batches: Sequence[Batch]) -> tuple[Tensor
     with watching({name: model.get_submodule(name)}, lambda name, x, y: calls.append((x, y))):
         for batch in batches:
             run(model, batch)
+    if len({x.shape[1:] for x, _ in calls}) > 1:
+        calls = [(x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])) for x, y in calls]
     inputs, outputs = (torch.cat(tensors) for tensors in zip(*calls, strict=True))
     return inputs, outputs
 
@@ -473,7 +501,7 @@ def retune_batchnorm(model: nn.Module, loader: Iterable[Batch], passes: int = 1)
     """
     norms = [m for m in model.modules() if isinstance(m, BatchNorm) and m.track_running_stats]
     require(bool(norms), "model", type(model).__name__, "one with batch norms")
-    require(passes >= 1, "passes", passes, "at least 1")
+    require(type(passes) is int and passes >= 1, "passes", passes, "a whole number of at least 1")
     batches = list(loader)
     require(bool(batches), "loader", batches, "one or more batches")
     before = [(norm, copy.deepcopy(norm.state_dict()), norm.momentum) for norm in norms]
@@ -546,7 +574,7 @@ def tune_bias(
     """Train the biases of a rounded network, and nothing else, by Adam.
 
     Args:
-        model: changed in place; stays in evaluation mode.
+        model: changed in place; stays in evaluation mode. After any exception it is as it was.
         loader: pairs of inputs and targets: the float network's outputs, or labels where `loss` takes them.
         loss: of outputs and targets.
         epochs: how often all pairs are seen.
@@ -556,16 +584,39 @@ def tune_bias(
         The mean loss of each epoch.
 
     Raises:
-        ValueError: there are no pairs or no biases, an argument lies outside its range, or a loss is not finite.
+        ValueError: there are no pairs, not finite ones or no biases, an argument lies outside its range, or losses or
+            biases do not stay finite.
     """
     pairs = list(loader)
     require(bool(pairs), "loader", pairs, "one or more pairs")
-    require(epochs >= 1, "epochs", epochs, "at least 1")
+    check_finite_batches(pairs)
+    require(type(epochs) is int and epochs >= 1, "epochs", epochs, "a whole number of at least 1")
     require(0 < lr < math.inf, "lr", lr, "above 0 and finite")
     biases = [m.bias for m in model.modules() if isinstance(m, Layer) and m.bias is not None]
     require(bool(biases), "model", type(model).__name__, "one with layers that have biases")
-    model.eval()
-    trained = [bias.requires_grad for bias in biases]
+    before = [(bias, bias.detach().clone(), bias.requires_grad, bias.grad) for bias in biases]
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        return _tuned(model.eval(), biases, pairs, loss, epochs, lr)
+    except BaseException:
+        for bias, value, _, _ in before:
+            bias.detach().copy_(value)
+        for module, mode in modes:
+            module.training = mode
+        raise
+    finally:
+        for bias, _, trained, grad in before:
+            bias.requires_grad_(trained).grad = grad
+
+
+def _tuned(
+    model: nn.Module,
+    biases: Sequence[Tensor],
+    pairs: Sequence[tuple[Tensor, Tensor]],
+    loss: Callable[[Tensor, Tensor], Tensor],
+    epochs: int,
+    lr: float,
+) -> list[float]:
     optimizer = torch.optim.Adam([bias.requires_grad_(True) for bias in biases], lr)
     means = []
     for _ in range(epochs):
@@ -580,9 +631,8 @@ def tune_bias(
         means.append(torch.stack(losses).mean().item())
         if not math.isfinite(means[-1]):
             raise ValueError(f"the loss must be finite, got {means[-1]} in epoch {len(means)}")
-    for bias, was in zip(biases, trained, strict=True):
-        bias.grad = None
-        bias.requires_grad_(was)
+        if not all(bias.isfinite().all() for bias in biases):
+            raise ValueError(f"the biases must stay finite, got others in epoch {len(means)}")
     return means
 
 
@@ -613,10 +663,13 @@ def allocate_bits_ip(
         ValueError: no choice is small enough, a loss is not finite, or lengths differ.
     """
     layers = len(sizes)
-    require(layers > 0 and all(size > 0 for size in sizes), "sizes", sizes, "one or more numbers above 0")
+    whole = layers > 0 and all(type(size) is int and size > 0 for size in sizes)
+    require(whole, "sizes", sizes, "one or more whole numbers above 0")
+    require(type(base_bits) is int and base_bits >= 1, "base_bits", base_bits, "a whole number of at least 1")
     require(0 < target_ratio < math.inf, "target_ratio", target_ratio, "above 0")
     options = sorted(delta_loss)
-    require(all(1 <= bits < base_bits for bits in options), "delta_loss", options, f"of widths below {base_bits} bits")
+    narrower = all(type(bits) is int and 1 <= bits < base_bits for bits in options)
+    require(narrower, "delta_loss", options, f"of whole widths below {base_bits} bits")
     for bits, losses in delta_loss.items():
         whole = len(losses) == layers and all(math.isfinite(loss) for loss in losses)
         require(whole, f"delta_loss[{bits}]", losses, f"{layers} finite numbers")

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fairtrial.methods.arguments import require
-from fairtrial.methods.quantization.quantize import skipped
+from fairtrial.methods.quantization.quantize import put_in_places, skipped
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -56,9 +56,14 @@ class StraightThroughLinear(nn.Linear):
     Args:
         layer: whose Parameters it takes.
         weight_bits, act_bits: from 1 to 8.
+
+    Raises:
+        ValueError: bits are out of range.
     """
 
     def __init__(self, layer: nn.Linear, weight_bits: int, act_bits: int) -> None:
+        for name, bits in (("weight_bits", weight_bits), ("act_bits", act_bits)):
+            require(type(bits) is int and 1 <= bits <= 8, name, bits, "a whole number from 1 to 8")
         super().__init__(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
         self.weight, self.bias = layer.weight, layer.bias
         self.weight_bits, self.act_bits = weight_bits, act_bits
@@ -86,8 +91,6 @@ def straight_through_linear(
     Raises:
         ValueError: there is nothing to replace, or an argument lies outside its range.
     """
-    for name, bits in (("weight_bits", weight_bits), ("act_bits", act_bits)):
-        require(isinstance(bits, int) and 1 <= bits <= 8, name, bits, "a whole number from 1 to 8")
     return replace_linear_layers(model, lambda layer: StraightThroughLinear(layer, weight_bits, act_bits), skip=skip)
 
 
@@ -117,8 +120,7 @@ def replace_layers(
 ) -> nn.Module:
     """Put what `make` returns in the place of layers; returns the model.
 
-    A layer in several places of the model is made once. PyTorch's transformer encoders read the weights of their layers
-    in evaluation and do not call them; where one of these is replaced, that is switched off.
+    A layer in several places of the model is made once.
 
     Args:
         model: changed in place.
@@ -126,17 +128,7 @@ def replace_layers(
         make: of the layer that takes the place of one.
     """
     made = {layer: make(layer) for layer in dict.fromkeys(layer for _, layer in places)}
-    for module in model.modules():
-        if not made.keys().isdisjoint(module.modules()):
-            if isinstance(module, nn.TransformerEncoder):
-                module.use_nested_tensor = False
-            if isinstance(module, nn.TransformerEncoderLayer):
-                module.activation_relu_or_gelu = 0
-    for name, layer in places:
-        if not name:
-            return made[layer]
-        model.set_submodule(name, made[layer])
-    return model
+    return put_in_places(model, {name: made[layer] for name, layer in places})
 
 
 def output_layer(model: nn.Module) -> tuple[str, ...]:

@@ -14,7 +14,6 @@ A weight takes b + 32/g bits with scales and offsets of 16, and each outlier 16 
 its code is stored nevertheless.
 """
 
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -36,6 +35,7 @@ from fairtrial.methods.quantization.quantize import (
     check_finite_weights,
     check_groups,
     check_rounding,
+    check_unshared_weights,
     linear_layers,
     put_in_place_of,
     round_to,
@@ -284,15 +284,14 @@ def gwq_quantize(
     """
     check_rounding(bits, group_size)
     linears = linear_layers(model, ())
-    owners = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
     for name, mask in masks.items():
         require(name in linears, "masks", name, "of linear layers that are not quantised yet")
         shape = linears[name].weight.shape
         require(mask.shape == shape, f"masks[{name!r}]", tuple(mask.shape), f"of the weight's shape {tuple(shape)}")
         check_groups(name, linears[name], group_size)
-        if owners[id(linears[name].weight)] > 1:
-            raise ValueError(f"{name} shares its weights with another module, which quantising would part")
-    check_finite_weights({name: linears[name] for name in masks})
+    named = {name: linears[name] for name in masks}
+    check_unshared_weights(model, named)
+    check_finite_weights(named)
     made = {
         name: round_around(
             linears[name],

@@ -25,7 +25,7 @@ def hadamard_matrix(n: int, dtype: torch.dtype = torch.float32, device: torch.de
     Raises:
         ValueError: `n` is no power of two.
     """
-    require(n >= 1 and n & (n - 1) == 0, "n", n, "a power of two")
+    require(type(n) is int and n >= 1 and n & (n - 1) == 0, "n", n, "a power of two")
     matrix = torch.ones(1, 1, dtype=dtype, device=device)
     while len(matrix) < n:
         matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])

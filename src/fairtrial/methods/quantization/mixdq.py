@@ -82,7 +82,7 @@ def round_within(x: Tensor, low: Tensor, high: Tensor, bits: int, *, symmetric: 
 
 
 def require_bits(bits: int) -> None:
-    require(isinstance(bits, int) and 2 <= bits <= 16, "bits", bits, "from 2 to 16")
+    require(type(bits) is int and 2 <= bits <= 16, "bits", bits, "a whole number from 2 to 16")
 
 
 class ActivationQuantizer(nn.Module):
@@ -112,6 +112,8 @@ class ActivationQuantizer(nn.Module):
         Raises:
             ValueError: the batch is not finite.
         """
+        if x.numel() == 0:
+            return
         low, high = x.amin().clamp_max(0), x.amax().clamp_min(0)
         require(bool(low.isfinite() & high.isfinite()), "x", "not finite", "finite")
         weight = torch.where(self.low.isnan(), 1.0, 1 - MOMENTUM)
@@ -120,6 +122,8 @@ class ActivationQuantizer(nn.Module):
 
     def forward(self, x: Float[Tensor, "*s"]) -> Float[Tensor, "*s"]:
         """x within the range; before any calibration, within its own."""
+        if x.numel() == 0:
+            return x
         with torch.no_grad():
             known = ~self.low.isnan()
             low, high = torch.where(known, self.low, x.amin()), torch.where(known, self.high, x.amax())
@@ -300,7 +304,8 @@ def _allocation(group: MixedGroup, mean_bits: float | int, tol: float | int, sen
     """None if no choice has such a mean."""
     scores, sizes, candidates = group
     require(bool(scores), "scores", scores, "of at least one layer")
-    require(bool(candidates), "candidates", candidates, "at least one width")
+    whole = bool(candidates) and all(type(b) is int for b in candidates)
+    require(whole, "candidates", candidates, "at least one width, and whole numbers")
     require(tol >= 0, "tol", tol, "at least 0")
     for name, by_bits in scores.items():
         lacking = [b for b in candidates if not math.isfinite(by_bits.get(b, math.nan))]
@@ -402,8 +407,8 @@ class MixDQ:
     wants: ClassVar[frozenset[Want]] = frozenset()
 
     def __post_init__(self) -> None:
-        fit = len(self.candidates) > 0 and all(isinstance(b, int) and 2 <= b <= 8 for b in self.candidates)
-        require(fit, "candidates", self.candidates, "widths from 2 to 8")
+        fit = len(self.candidates) > 0 and all(type(b) is int and 2 <= b <= 8 for b in self.candidates)
+        require(fit, "candidates", self.candidates, "whole numbers from 2 to 8")
         low, high = min(self.candidates), max(self.candidates)
         require(low <= self.bits <= high, "bits", self.bits, f"from {low} to {high}, as the candidates")
         require(self.tol >= 0, "tol", self.tol, "at least 0")

@@ -31,7 +31,7 @@ def pack(codes: UInt8[Tensor, "rows n"], bits: int) -> UInt8[Tensor, "rows w"]:
     Raises:
         ValueError: `bits` is out of range, or a code does not fit.
     """
-    require(1 <= bits <= 8, "bits", bits, "from 1 to 8")
+    require(type(bits) is int and 1 <= bits <= 8, "bits", bits, "a whole number from 1 to 8")
     if codes.numel() and int(codes.max()) >= 2**bits:
         raise ValueError(f"codes of {bits} bits must be below {2**bits}, got {int(codes.max())}")
     if bits == 8:
@@ -54,7 +54,7 @@ def unpack(packed: UInt8[Tensor, "rows w"], bits: int, n: int) -> UInt8[Tensor, 
     Raises:
         ValueError: `bits` is out of range, or the rows are not as long as `n` codes are.
     """
-    require(1 <= bits <= 8, "bits", bits, "from 1 to 8")
+    require(type(bits) is int and 1 <= bits <= 8, "bits", bits, "a whole number from 1 to 8")
     width = packed_width(n, bits)
     require(packed.shape[1] == width, "packed", tuple(packed.shape), f"of width {width}, for {n} codes of {bits} bits")
     if bits == 8:
@@ -128,6 +128,11 @@ class PackedLinear(nn.Module):
             weight.view(-1)[self.kept_at.long()] = self.kept.to(dtype)
         return weight.view(self.out_features, self.in_features)
 
+    @property
+    def weight(self) -> Float[Tensor, "o i"]:
+        """The weights, for whoever reads them past `forward`; in the dtype of the bias, without one in float32."""
+        return self.dequantize(torch.float32 if self.bias is None else self.bias.dtype)
+
     def forward(self, x: Float[Tensor, "*b i"]) -> Float[Tensor, "*b o"]:
         return F.linear(x, self.dequantize(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
 
@@ -144,7 +149,8 @@ class CPUInt4Linear(nn.Module):
     """A `PackedLinear` of 4 bits in the layout of PyTorch's CPU kernel, which never unpacks the weights to memory.
 
     It computes in bfloat16, for which alone the kernel is fast (several times as fast as float32 weights for a single
-    row), whatever the dtype of input and output. It takes as many bytes as the packed layer and cannot be saved.
+    row), whatever the dtype of input and output. The kernel has no derivative: for inputs that need a gradient the
+    weights are unpacked, which is slow. It takes as many bytes as the packed layer and cannot be saved.
 
     Args:
         packed: a layer of 4 bits without kept weights, on the CPU, in groups of 32, 64, 128 or 256 and with a multiple
@@ -154,7 +160,7 @@ class CPUInt4Linear(nn.Module):
         ValueError: the layer is not like that.
     """
 
-    weight: Tensor
+    packed: Tensor
     scale_and_zero: Tensor
     bias: Tensor | None
 
@@ -163,8 +169,8 @@ class CPUInt4Linear(nn.Module):
         require(self.takes(packed), "packed", packed, "a layer that PyTorch's kernel for 4 bits on the CPU takes")
         self.in_features, self.out_features = packed.in_features, packed.out_features
         self.group_size = packed.in_features // packed.groups
-        weight = torch._convert_weight_to_int4pack_for_cpu(packed.codes().int(), 1)
-        self.register_buffer("weight", weight, persistent=False)
+        codes = torch._convert_weight_to_int4pack_for_cpu(packed.codes().int(), 1)
+        self.register_buffer("packed", codes, persistent=False)
         # the kernel's own form is scale · (code - 8) + zero, groups first
         scale, offset = packed.scale.float(), packed.offset.float()
         both = torch.stack([scale.t(), (offset + 8 * scale).t()], -1)
@@ -177,9 +183,20 @@ class CPUInt4Linear(nn.Module):
         fits = layer.in_features // layer.groups in (32, 64, 128, 256) and layer.out_features % 16 == 0
         return layer.bits == 4 and fits and _all_codes_on_cpu(layer)
 
+    @property
+    def weight(self) -> Float[Tensor, "o i"]:
+        """The weights, as exact as bfloat16, for whoever reads them past `forward`; in a packed layer's dtype."""
+        unit = torch.eye(self.in_features, dtype=torch.bfloat16, device=self.packed.device)
+        return self._product(unit).t().to(torch.float32 if self.bias is None else self.bias.dtype)
+
+    def _product(self, rows: Tensor) -> Tensor:
+        if _needs_gradient(rows):
+            return F.linear(rows, self.weight.bfloat16())
+        grid = self.scale_and_zero.bfloat16()
+        return torch._weight_int4pack_mm_for_cpu(rows, self.packed, self.group_size, grid)
+
     def forward(self, x: Float[Tensor, "*b i"]) -> Float[Tensor, "*b o"]:
-        rows = x.reshape(-1, self.in_features).bfloat16()
-        y = torch._weight_int4pack_mm_for_cpu(rows, self.weight, self.group_size, self.scale_and_zero).to(x.dtype)
+        y = self._product(x.reshape(-1, self.in_features).bfloat16()).to(x.dtype)
         return (y if self.bias is None else y + self.bias.to(x.dtype)).view(*x.shape[:-1], self.out_features)
 
     def bits_per_weight(self) -> float:
@@ -191,8 +208,9 @@ class CPUInt8Linear(nn.Module):
     """A `PackedLinear` of 8 bits for PyTorch's CPU kernel, which reads int8 weights where there are few rows.
 
     It computes in bfloat16, whatever the dtype of input and output, with scales in float32: several times as fast as
-    float32 weights for a single row. From `FEW` rows on the weights are converted first, which is faster there. It
-    takes as many bytes as the packed layer, but for scales in float32, and cannot be saved.
+    float32 weights for a single row. From `FEW` rows on the weights are converted first, which is faster there, and for
+    inputs that need a gradient, because the kernel has no derivative. It takes as many bytes as the packed layer, but
+    for scales in float32, and cannot be saved.
 
     Args:
         packed: a layer of 8 bits without kept weights, on the CPU, with one scale for each row.
@@ -202,7 +220,7 @@ class CPUInt8Linear(nn.Module):
     """
 
     FEW = 8
-    weight: Tensor
+    codes: Tensor
     scale: Tensor
     shift: Tensor
     ones: Tensor
@@ -213,7 +231,7 @@ class CPUInt8Linear(nn.Module):
         require(self.takes(packed), "packed", packed, "a layer that PyTorch's kernel for 8 bits on the CPU takes")
         self.in_features, self.out_features = packed.in_features, packed.out_features
         scale, offset = packed.scale.float().flatten(), packed.offset.float().flatten()
-        self.register_buffer("weight", (packed.codes().short() - 128).to(torch.int8), persistent=False)
+        self.register_buffer("codes", (packed.codes().short() - 128).to(torch.int8), persistent=False)
         self.register_buffer("scale", scale, persistent=False)
         self.register_buffer("shift", offset + 128 * scale, persistent=False)  # what the code 128 stands for
         self.register_buffer("ones", torch.ones_like(scale, dtype=torch.bfloat16), persistent=False)
@@ -224,19 +242,29 @@ class CPUInt8Linear(nn.Module):
         """Whether one can be made of a layer."""
         return layer.bits == 8 and layer.groups == 1 and _all_codes_on_cpu(layer)
 
+    @property
+    def weight(self) -> Float[Tensor, "o i"]:
+        """The weights, for whoever reads them past `forward`; in the dtype of a packed layer's."""
+        weight = torch.addcmul(self.shift.float()[:, None], self.codes.float(), self.scale.float()[:, None])
+        return weight.to(torch.float32 if self.bias is None else self.bias.dtype)
+
     def forward(self, x: Float[Tensor, "*b i"]) -> Float[Tensor, "*b o"]:
         rows = x.reshape(-1, self.in_features).bfloat16()
-        if len(rows) < self.FEW:
-            y = torch._weight_int8pack_mm(rows, self.weight, self.ones)
+        if len(rows) < self.FEW and not _needs_gradient(rows):
+            y = torch._weight_int8pack_mm(rows, self.codes, self.ones.bfloat16())
         else:
-            y = F.linear(rows, self.weight.bfloat16())
-        shifted = rows.sum(1, keepdim=True, dtype=torch.float32) * self.shift
-        y = torch.addcmul(shifted, y.float(), self.scale).to(x.dtype)
+            y = F.linear(rows, self.codes.bfloat16())
+        shifted = rows.sum(1, keepdim=True, dtype=torch.float32) * self.shift.float()
+        y = torch.addcmul(shifted, y.float(), self.scale.float()).to(x.dtype)
         return (y if self.bias is None else y + self.bias.to(x.dtype)).view(*x.shape[:-1], self.out_features)
 
     def bits_per_weight(self) -> float:
         """All that is held beside the bias."""
         return bits_held(self)
+
+
+def _needs_gradient(x: Tensor) -> bool:
+    return torch.is_grad_enabled() and x.requires_grad
 
 
 def _all_codes_on_cpu(layer: PackedLinear) -> bool:
@@ -264,8 +292,9 @@ def group_size(width: int, asked: int) -> int:
     """The size of groups along an input of that width; -1 asks for the whole row.
 
     Raises:
-        ValueError: it does not divide the width.
+        ValueError: it is no whole number that divides the width.
     """
     size = width if asked == -1 else asked
-    require(size >= 1 and width % size == 0, "group_size", asked, f"-1 or a divisor of the layer's input width {width}")
+    divides = type(asked) is int and size >= 1 and width % size == 0
+    require(divides, "group_size", asked, f"-1 or a divisor of the layer's input width {width}, a whole number")
     return size

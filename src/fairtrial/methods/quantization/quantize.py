@@ -8,6 +8,7 @@ blocks before it give, and no more than one block's statistics are held at once.
 
 import inspect
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -98,13 +99,10 @@ def quantize_(
         raise ValueError(f"the model has been quantised already: {done[0]} is a {type(done[1]).__name__}")
     if not names:
         raise ValueError("the model has no linear layer to quantise" + (f" but {', '.join(skip)}" if skip else ""))
-    shared = _shared_weights(model, names)
-    if shared:
-        raise ValueError(f"{shared} shares its weights with another module, which quantising would part: skip it")
+    check_unshared_weights(model, layers)
     check_finite_weights(layers)
     batches = list(calibration)
-    for number, batch in enumerate(batches):
-        _check_finite(batch, number)
+    check_finite_batches(batches)
     check: Callable[[str, nn.Module], None] | None = getattr(config, "check", None)
     if check is not None:
         for name in names:
@@ -115,6 +113,8 @@ def quantize_(
     with ExitStack() as undo:
         for module in model.modules():
             undo.callback(setattr, module, "training", module.training)
+            for attribute in _fast_path(module):
+                undo.callback(setattr, module, attribute, getattr(module, attribute))
         model.eval()
         prepared = prepare(model, batches, names) if prepare is not None else {}
 
@@ -156,12 +156,33 @@ def linear_layers(model: nn.Module, skip: Sequence[str]) -> dict[str, nn.Linear]
 
 def put_in_place_of(model: nn.Module, old: nn.Module, new: nn.Module) -> nn.Module:
     """Put a module wherever another is in a model; returns the model, or the new module if the other is the model."""
-    if model is old:
-        return new
-    for name in [name for name, module in model.named_modules(remove_duplicate=False) if module is old]:
-        parent, _, last = name.rpartition(".")
-        setattr(model.get_submodule(parent), last, new)
+    places = [name for name, module in model.named_modules(remove_duplicate=False) if module is old]
+    return put_in_places(model, dict.fromkeys(places, new))
+
+
+def put_in_places(model: nn.Module, layers: Mapping[str, nn.Module]) -> nn.Module:
+    """Put modules in the places of others, by name; returns the model, or the new module if its place is the model's.
+
+    PyTorch's transformer encoders read the weights of their layers in evaluation and do not call them; where one of
+    these is replaced, that is switched off.
+    """
+    replaced = {model.get_submodule(name) for name in layers}
+    for module in model.modules():
+        for attribute, off in _fast_path(module).items():
+            if not replaced.isdisjoint(module.modules()):
+                setattr(module, attribute, off)
+    for name, layer in layers.items():
+        if not name:
+            return layer
+        model.set_submodule(name, layer)
     return model
+
+
+def _fast_path(module: nn.Module) -> dict[str, Any]:
+    """What switches off that a module reads its layers' weights instead of calling them."""
+    if isinstance(module, nn.TransformerEncoder):
+        return {"use_nested_tensor": False}
+    return {"activation_relu_or_gelu": 0} if isinstance(module, nn.TransformerEncoderLayer) else {}
 
 
 def skipped(name: str, skip: Sequence[str]) -> bool:
@@ -169,13 +190,12 @@ def skipped(name: str, skip: Sequence[str]) -> bool:
     return any(name == each or name.endswith(f".{each}") for each in skip)
 
 
-def _shared_weights(model: nn.Module, names: Sequence[str]) -> str | None:
-    """A layer to be quantised whose weights another module has too."""
-    owners: dict[Tensor, int] = {}
-    for module in model.modules():
-        for p in module.parameters(recurse=False):
-            owners[p] = owners.get(p, 0) + 1
-    return next((n for n in names if owners[model.get_submodule(n).get_parameter("weight")] > 1), None)
+def check_unshared_weights(model: nn.Module, layers: Mapping[str, nn.Linear]) -> None:
+    """Refuse layers of a model, by name, whose weights another module has too."""
+    owners = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
+    for name, layer in layers.items():
+        if owners[id(layer.weight)] > 1:
+            raise ValueError(f"{name} shares its weights with another module, which quantising would part: skip it")
 
 
 def check_finite_weights(layers: Mapping[str, Any]) -> None:
@@ -185,11 +205,13 @@ def check_finite_weights(layers: Mapping[str, Any]) -> None:
             raise ValueError(f"the weights of {name or 'the layer'} are not finite")
 
 
-def _check_finite(batch: Batch, number: int) -> None:
-    tensors = [batch] if isinstance(batch, Tensor) else batch.values() if isinstance(batch, Mapping) else batch
-    for tensor in tensors:
-        if isinstance(tensor, Tensor) and not tensor.isfinite().all():
-            raise ValueError(f"batch {number} of the calibration data has values that are not finite")
+def check_finite_batches(batches: Sequence[Batch]) -> None:
+    """Refuse calibration data that are not finite."""
+    for number, batch in enumerate(batches):
+        tensors = [batch] if isinstance(batch, Tensor) else batch.values() if isinstance(batch, Mapping) else batch
+        for tensor in tensors:
+            if isinstance(tensor, Tensor) and not tensor.isfinite().all():
+                raise ValueError(f"batch {number} of the calibration data has values that are not finite")
 
 
 @torch.no_grad()
@@ -597,9 +619,9 @@ class RoundToNearest:
 
 def check_rounding(bits: int, group_size: int) -> None:
     """Refuse numbers of bits and sizes of groups that no layer could have."""
-    require(isinstance(bits, int) and 1 <= bits <= 8, "bits", bits, "from 1 to 8")
-    accepted = isinstance(group_size, int) and (group_size == -1 or group_size >= 1)
-    require(accepted, "group_size", group_size, "-1 or at least 1")
+    require(type(bits) is int and 1 <= bits <= 8, "bits", bits, "a whole number from 1 to 8")
+    accepted = type(group_size) is int and (group_size == -1 or group_size >= 1)
+    require(accepted, "group_size", group_size, "-1 or a whole number of at least 1")
 
 
 def check_groups(name: str, layer: nn.Linear, asked: int) -> None:
