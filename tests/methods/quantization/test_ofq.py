@@ -249,6 +249,13 @@ def test_training_at_two_bits_goes_down():
     assert losses[-1] < 0.5 * losses[0]
 
 
+def test_weights_of_one_bit_are_allowed_where_they_are_asked_for():
+    model = statsq_linear(nn.Sequential(nn.Linear(8, 4, bias=False)), 1, 4, binary=True)
+    mean = model[0].weight.abs().mean(1, keepdim=True)
+    rounded = model[0].weight_quantizer(model[0].weight)
+    torch.testing.assert_close(rounded, mean * torch.where(model[0].weight >= 0, 1.0, -1.0))
+
+
 @pytest.mark.parametrize(
     ("sequence", "count"), [([0, 1, 0, 1], 2), ([0, 1, 1, 1, 0], 1), ([0, 1, 2, 3], 0), ([0, 2, -1, 1, 1, 0], 3)]
 )

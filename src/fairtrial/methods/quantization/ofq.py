@@ -100,7 +100,7 @@ class StatsQuantizer(nn.Module):
 
 
 def require_bits(bits: int, least: int, name: str = "bits") -> None:
-    require(isinstance(bits, int) and least <= bits <= 16, name, bits, f"a whole number from {least} to 16")
+    require(type(bits) is int and least <= bits <= 16, name, bits, f"a whole number from {least} to 16")
 
 
 # Activations -------------------------------------------------------------------------------------------------------
@@ -195,6 +195,7 @@ class StatsQLinear(nn.Linear):
         weight_bits: of the weights; None leaves them as they are.
         act_bits: of the inputs; None leaves them as they are.
         signed: whether inputs may be negative; not so after ReLU, and hardly after GELU.
+        binary: allow weights of 1 bit, as in `StatsQuantizer`.
 
     Raises:
         ValueError: bits outside their range.
@@ -209,19 +210,20 @@ class StatsQLinear(nn.Linear):
         weight_bits: int | None = 2,
         act_bits: int | None = 2,
         signed: bool = True,
+        binary: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(in_features, out_features, bias, device, dtype)
-        self.weight_quantizer = _weight_quantizer(weight_bits)
+        self.weight_quantizer = _weight_quantizer(weight_bits, binary=binary)
         self.input_quantizer = _input_quantizer(act_bits, in_features, signed=signed)
 
     def forward(self, x: Float[Tensor, "*b i"]) -> Float[Tensor, "*b o"]:
         return F.linear(self.input_quantizer(x), self.weight_quantizer(self.weight), self.bias)
 
 
-def _weight_quantizer(bits: int | None) -> nn.Module:
-    return nn.Identity() if bits is None else StatsQuantizer(bits)
+def _weight_quantizer(bits: int | None, *, binary: bool = False) -> nn.Module:
+    return nn.Identity() if bits is None else StatsQuantizer(bits, binary=binary)
 
 
 def _input_quantizer(bits: int | None, width: int, *, signed: bool = True, channels: int = 1) -> nn.Module:
@@ -309,6 +311,7 @@ def statsq_linear(
     act_bits: int = 2,
     *,
     unsigned: Sequence[str] = (),
+    binary: bool = False,
     skip: Sequence[str] = ("lm_head",),
 ) -> nn.Module:
     """Replace the linear layers of a model by `StatsQLinear`s with the same Parameters.
@@ -319,6 +322,7 @@ def statsq_linear(
         model: changed in place; best one that has been trained without rounding, as the authors start.
         weight_bits, act_bits: of all of them.
         unsigned: names of layers whose inputs are not negative, whole or their last part.
+        binary: allow weights of 1 bit, as in `StatsQuantizer`.
         skip: names of layers that stay as they are, likewise.
 
     Returns:
@@ -327,7 +331,7 @@ def statsq_linear(
     Raises:
         ValueError: there is nothing to replace, or bits outside their range.
     """
-    require_bits(weight_bits, 2, "weight_bits")
+    require_bits(weight_bits, 1 if binary else 2, "weight_bits")
     require_bits(act_bits, 1, "act_bits")
     names = {module: name for name, module in model.named_modules()}
     rounded = [name for module, name in names.items() if isinstance(module, QKReparamAttention)]
@@ -342,6 +346,7 @@ def statsq_linear(
             weight_bits=weight_bits,
             act_bits=act_bits,
             signed=not any(name == each or name.endswith(f".{each}") for each in unsigned),
+            binary=binary,
         )
         made.to(layer.weight.device, layer.weight.dtype).train(layer.training)
         made.weight, made.bias = layer.weight, layer.bias
