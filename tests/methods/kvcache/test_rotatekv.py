@@ -4,7 +4,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from transformers import BertConfig, DynamicCache, LlamaConfig
+from transformers import AutoConfig, AutoModelForCausalLM, BertConfig, DynamicCache, LlamaConfig
 
 from fairtrial.methods.kvcache import (
     RotateKVCache,
@@ -219,6 +219,30 @@ def test_biases_are_fused_too():
     cache = RotateKVCache(config, bits=16, order=orders, fused=True, sinks=0)
     with torch.no_grad():
         torch.testing.assert_close(fused(ids, past_key_values=cache).logits, model(ids).logits, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("qwen3", {"head_dim": 8}),  # normalises keys
+        ("olmo", {"clip_qkv": 100.0}),
+        ("cohere", {}),  # turns neighbouring channels together
+        ("bitnet", {}),  # normalises what o_proj is handed
+    ],
+)
+def test_models_that_would_not_be_the_same_are_not_fused(kind, options):
+    config = AutoConfig.for_model(
+        kind, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, hidden_size=32, intermediate_size=32,
+        vocab_size=64, pad_token_id=0, **options,
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config).eval()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match="model must be"):
+        fuse_rotatekv(model, torch.arange(16).expand(2, -1))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
 def test_without_rounding_smollm2_is_unchanged(smollm2):

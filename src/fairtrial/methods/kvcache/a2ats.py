@@ -32,7 +32,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from fairtrial.methods.arguments import require
 from fairtrial.methods.kvcache.attention import AttendingCache
-from fairtrial.methods.kvcache.held import HeldLayer, check_crop, joined, last_removed, shape_of
+from fairtrial.methods.kvcache.held import HeldLayer, Shape, check_crop, joined, last_removed, shape_of
 from fairtrial.methods.kvcache.rotary import turned
 from fairtrial.methods.registry import LogUniform, method
 
@@ -274,7 +274,7 @@ class _Seen(AttendingCache):
 
     def __init__(self, config: Any, rotation: Rotation, offset: int | None) -> None:
         n_layers, heads, width = shape_of(config)
-        super().__init__([VQKeyLayer() for _ in range(n_layers)])
+        super().__init__([VQKeyLayer(heads, width) for _ in range(n_layers)])
         self.rotation, self.offset = rotation, offset
         self.keys: list[list[Tensor]] = [[] for _ in range(n_layers)]
         self.grams = [torch.zeros(heads, width, width) for _ in range(n_layers)]
@@ -356,6 +356,10 @@ class VQKeyLayer(HeldLayer):
     is_croppable = True
     codes: Tensor | None
 
+    def shapes(self, number: int) -> list[dict[str, Shape]]:
+        whole: Shape = ("sequences", self.heads, "tokens", self.width)
+        return [{"keys": whole, "values": whole, "codes": whole[:3]}]
+
     def get_seq_length(self) -> int:
         return 0 if self.keys is None else self.keys.shape[-2]
 
@@ -397,7 +401,7 @@ class VQKeyCache(AttendingCache):
         shapes = {(len(codebooks.codes), *(books.shape[0], books.shape[2])) for books in codebooks.codes}
         require(shapes == {(n_layers, heads, width)}, "codebooks", sorted(shapes), f"for {(n_layers, heads, width)}")
         select_tokens(torch.zeros(1, 1), top_ratio, window=window, sink=sink)
-        super().__init__([VQKeyLayer() for _ in range(n_layers)])
+        super().__init__([VQKeyLayer(heads, width) for _ in range(n_layers)])
         self.codebooks, self.top_ratio, self.window, self.sink = codebooks, top_ratio, window, sink
         self._rotation: Rotation | None = None
         self._words: list[Tensor] = []
@@ -427,16 +431,27 @@ class VQKeyCache(AttendingCache):
         return super().__getstate__() | {"_rotation": None, "_words": []}
 
     def state_dict(self) -> dict[str, Any]:
-        books = {"codes": list(self.codebooks.codes), "factors": list(self.codebooks.factors)}
-        return super().state_dict() | {"codebooks": books}
+        return super().state_dict() | {"codebooks": self._books()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        require("codebooks" in state, "state", sorted(state), f"what a {type(self).__name__} has saved, with codebooks")
-        codebooks = Codebooks(**state["codebooks"], offset=self.codebooks.offset)
         super().load_state_dict(state)
-        self.codebooks = codebooks
+        self.codebooks = Codebooks(**state["codebooks"], offset=self.codebooks.offset)
         if self._rotation is not None:
-            self._words = codebooks.words()
+            self._words = self.codebooks.words()
+
+    def check_state(self, state: Mapping[str, Any]) -> dict[str, int]:
+        sizes = super().check_state(state)
+        require("codebooks" in state, "state", sorted(state), f"what a {type(self).__name__} has saved, with codebooks")
+        books = state["codebooks"]
+        found, wanted = (
+            {name: [tuple(tensor.shape) for tensor in each.get(name, ())] for name in ("codes", "factors")}
+            for each in (books, self._books())
+        )
+        require(found == wanted, "codebooks of the state", found, f"of the shapes {wanted}")
+        return sizes
+
+    def _books(self) -> dict[str, list[Tensor]]:
+        return {"codes": list(self.codebooks.codes), "factors": list(self.codebooks.factors)}
 
     def attend(
         self,

@@ -24,7 +24,7 @@ computed beside it. They refuse projections with a bias, which here is added to 
 """
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
@@ -34,11 +34,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fairtrial.methods.arguments import require
-from fairtrial.methods.kvcache.held import HeldCache, HeldLayer, check_crop, joined, last_removed, shape_of
+from fairtrial.methods.kvcache.held import HeldCache, HeldLayer, Shape, check_crop, joined, last_removed, shape_of
 from fairtrial.methods.kvcache.rotary import turned
 from fairtrial.methods.kvcache.rotated_keys import check_rotated_keys, rotary_embedding
 from fairtrial.methods.kvcache.watched import decoder_layers, watched
-from fairtrial.methods.quantization.packing import pack, unpack
+from fairtrial.methods.quantization.packing import pack, packed_width, unpack
 from fairtrial.methods.registry import LogUniform, method
 
 LEAST_RANGE = 1e-5
@@ -353,12 +353,30 @@ class CSKVLayer(HeldLayer):
 
     def __init__(self, cache: "CSKVCache", number: int) -> None:
         self.seen: tuple[Tensor, Tensor] | None = None
-        super().__init__()
+        heads = cache.factors.heads
+        super().__init__(heads, cache.factors.keys[number].up.shape[0] // heads)
         self.cache, self.number = cache, number
 
     def reset(self) -> None:
         super().reset()
         self.seen = None
+
+    def shapes(self, number: int) -> list[dict[str, Shape]]:
+        factors, exact = self.cache.factors, ("sequences", self.heads, "tokens after them", self.width)
+        full: dict[str, Shape] = {}
+        rest: dict[str, Shape] = {"keys": exact, "values": exact}
+        for name, factor, bits, scaled in (
+            ("key", factors.keys[number], self.cache.k_bits, ("windows", factors.keys[number].down.shape[0])),
+            ("value", factors.values[number], self.cache.v_bits, ("tokens in full windows", self.heads)),
+        ):
+            channels = factor.down.shape[0]
+            width = channels if bits is None else packed_width(channels, bits)
+            full[f"{name}_features"] = ("sequences", "tokens in full windows", width)
+            if bits is not None:
+                full |= dict.fromkeys((f"{name}_scale", f"{name}_zero"), ("sequences", *scaled))
+            rest[f"{name}_pending"] = ("sequences", "tokens after them", channels)
+        positions: dict[str, Shape] = {"positions": ("sequences", "positions", 1)}
+        return [full, rest, positions] if number == 0 else [full, rest]
 
     def get_seq_length(self) -> int:
         return sum(x.shape[1] for x in (self.key_features, self.key_pending) if x is not None)
@@ -369,17 +387,17 @@ class CSKVLayer(HeldLayer):
             raise ValueError(
                 "features are made of the attention's inputs: use it within `with cache.attached_to(model)`"
             )
-        (hidden, positions), self.seen = self.seen, None
+        hidden, positions = self.seen
         tokens = (key_states.shape[0], key_states.shape[2])
         fits = tuple(hidden.shape[:2]) == tokens
         require(
             fits, "key_states", tokens, f"of the {tuple(hidden.shape[:2])} sequences and tokens of the layer's input"
         )
-        self.is_initialized = True
-        if self.number == 0:
-            new = positions.expand(tokens).to(torch.int32)[..., None]
-            self.positions = joined([self.positions, new])
+        new = positions.expand(tokens).to(torch.int32)[..., None]
         keys, values = self._rebuilt(key_states.dtype)
+        self.seen, self.is_initialized = None, True
+        if self.number == 0:
+            self.positions = joined([self.positions, new])
         factors = self.cache.factors
         self.key_pending = joined([self.key_pending, factors.keys[self.number].compress(hidden)])
         self.value_pending = joined([self.value_pending, factors.values[self.number].compress(hidden)])
@@ -504,6 +522,17 @@ class CSKVCache(HeldCache):
                 yield
         finally:
             self._embedding = before
+
+    def check_state(self, state: Mapping[str, Any]) -> dict[str, int]:
+        sizes = super().check_state(state)
+        names = ("tokens in full windows", "tokens after them", "positions")
+        full, rest, positions = (sizes.get(name, 0) for name in names)
+        windows = sizes.get("windows", full // self.window)
+        got = f"{full} tokens in {windows} full windows"
+        require(full == windows * self.window, "state", got, f"with windows of {self.window} tokens")
+        got = f"{positions} positions"
+        require(positions == full + rest, "state", got, f"with one for each of {full + rest} tokens")
+        return sizes
 
     def angles(self, tokens: int, like: Tensor) -> tuple[Float[Tensor, "b 1 t r"], Float[Tensor, "b 1 t r"]]:
         """Cosines and sines for the first tokens, the same for all layers."""

@@ -29,7 +29,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from fairtrial.methods.arguments import require
 from fairtrial.methods.kvcache.attention import AttendingCache
-from fairtrial.methods.kvcache.held import HeldLayer, check_crop, joined, last_removed, shape_of
+from fairtrial.methods.kvcache.held import HeldLayer, Shape, check_crop, joined, last_removed, shape_of
 from fairtrial.methods.registry import method
 
 HALVINGS = 64
@@ -183,6 +183,14 @@ class PrefixKVLayer(HeldLayer):
     ratios: Tensor | None
     place: Tensor | None
 
+    def shapes(self, number: int) -> list[dict[str, Shape]]:
+        tokens, noted = f"tokens of layer {number}", ("padding", "ratios", "place")
+        kept: Shape = ("sequences", self.heads, tokens, self.width)
+        return [
+            {"keys": kept, "values": kept, "positions": ("sequences", tokens)},
+            dict.fromkeys(noted, ("sequences",)),
+        ]
+
     def hold(self, tensors: Any) -> None:
         super().hold(tensors)
         self.seen = 0 if self.positions is None else int(self.positions.max()) + 1  # the last token is always kept
@@ -312,7 +320,7 @@ class PrefixKVCache(AttendingCache):
             ratios = [float(ratio) for ratio in ratios]
             fits = len(ratios) == n_layers and all(0 <= ratio < 1 for ratio in ratios)
             require(fits, "ratios", ratios, f"{n_layers} numbers within [0, 1)")
-        super().__init__([PrefixKVLayer() for _ in range(n_layers)])
+        super().__init__([PrefixKVLayer(heads, width) for _ in range(n_layers)])
         self.keep_ratio, self.ratios, self.start_size, self.distance = keep_ratio, ratios, start_size, distance
         self.settings = {
             "keep_ratio": keep_ratio,

@@ -22,7 +22,7 @@ place of a division by zero.
 
 import hashlib
 from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -30,11 +30,12 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
 
 from fairtrial.methods.arguments import require
-from fairtrial.methods.kvcache.held import HeldCache, HeldLayer, check_crop, joined, last_removed, shape_of
+from fairtrial.methods.kvcache.held import HeldCache, HeldLayer, Shape, check_crop, joined, last_removed, shape_of
 from fairtrial.methods.kvcache.rotary import Rotary
+from fairtrial.methods.kvcache.rotated_keys import TOKENS, TOLERANCE, check_rotated_keys
 from fairtrial.methods.kvcache.watched import decoder_layers, watched
 from fairtrial.methods.quantization.hadamard import hadamard_transform
-from fairtrial.methods.quantization.packing import pack, unpack
+from fairtrial.methods.quantization.packing import pack, packed_width, unpack
 from fairtrial.methods.registry import Uniform, method
 
 UNQUANTISED = 16  # bits, with which everything is rotated and nothing is rounded
@@ -186,7 +187,8 @@ def fuse_rotatekv(model: nn.Module, orders: Int[Tensor, "l n"], head_group: int 
     first token on, and without padding.
 
     Args:
-        model: of transformers, with linear `k_proj`, `v_proj` and `o_proj` in each attention.
+        model: of transformers, with linear `k_proj`, `v_proj` and `o_proj` in each attention; what it caches of keys is
+            the output of `k_proj`, turned by rotary embeddings, and nothing but attention lies between the other two.
         orders: as `calibrate_channel_order` gives them.
         head_group: that they were found with.
 
@@ -203,6 +205,8 @@ def fuse_rotatekv(model: nn.Module, orders: Int[Tensor, "l n"], head_group: int 
         parts = [getattr(attention, name, None) for name in ("k_proj", "v_proj", "o_proj")]
         linear = all(isinstance(part, nn.Linear) for part in parts)
         require(linear, "model", type(attention).__name__, "with linear k_proj, v_proj and o_proj in each attention")
+    check_rotated_keys(model, [attention.k_proj for attention in attentions])
+    _check_plain_values(model, attentions, width)
     for attention, order in zip(attentions, orders, strict=True):
         for tensor in (attention.k_proj.weight, attention.k_proj.bias):  # (n, …) and (n,)
             if tensor is not None:
@@ -213,6 +217,30 @@ def fuse_rotatekv(model: nn.Module, orders: Int[Tensor, "l n"], head_group: int 
                 tensor.copy_(_rotated_rows(tensor, width))
         attention.o_proj.weight.copy_(_rotated_rows(attention.o_proj.weight.T, width).T)
     return model
+
+
+def _check_plain_values(model: Any, attentions: Sequence[Any], width: int) -> None:
+    """Have a model read single tokens, which attend to themselves, and refuse it if o_proj is not handed their values.
+
+    Raises:
+        ValueError: values are normalised or clipped, or what attention makes of them is.
+    """
+    made: list[Tensor] = []
+    handed: list[Tensor] = []
+    with ExitStack() as stack:
+        for attention in attentions:
+            see = attention.v_proj.register_forward_hook(lambda module, args, output: made.append(output))
+            stack.callback(see.remove)
+            see = attention.o_proj.register_forward_pre_hook(lambda module, args: handed.append(args[0]))
+            stack.callback(see.remove)
+        model(torch.arange(TOKENS, device=next(model.parameters()).device)[:, None], use_cache=False)
+    for number, (values, found) in enumerate(zip(made, handed, strict=True)):
+        heads = values.unflatten(-1, (-1, width))
+        own = heads.repeat_interleave(found.shape[-1] // values.shape[-1], -2).flatten(-2)
+        off = (own - found).abs().max()
+        fits = not bool(off > values.abs().max() * max(TOLERANCE, 4 * torch.finfo(values.dtype).eps))
+        got = f"{type(model).__name__}, in which o_proj of layer {number} is handed something else"
+        require(fits, "model", got, "one whose o_proj is handed what v_proj gives, weighted by attention")
 
 
 def _rotated_rows(weight: Tensor, size: int) -> Tensor:
@@ -244,12 +272,22 @@ class RotateKVLayer(HeldLayer):
 
     def __init__(self, cache: "RotateKVCache", order: Int[Tensor, " n"] | None) -> None:
         self.found_sinks: Tensor | None = None
-        super().__init__()
+        super().__init__(cache.heads, cache.head_width)
         self.cache, self.order = cache, order
 
     def reset(self) -> None:
         super().reset()
         self.found_sinks = None
+
+    def shapes(self, number: int) -> list[dict[str, Shape]]:
+        bits, channels, sinks = self.cache.bits, self.heads * self.width, f"sinks of layer {number}"
+        width = channels if bits == UNQUANTISED else packed_width(channels, bits)
+        coded: dict[str, Shape] = dict.fromkeys(("key_codes", "value_codes"), ("sequences", "tokens", width))
+        if bits != UNQUANTISED:
+            scaled = ("key_scale", "key_offset", "value_scale", "value_offset")
+            coded |= dict.fromkeys(scaled, ("sequences", "tokens", channels // self.cache.group_size))
+        exact: Shape = ("sequences", self.heads, sinks, self.width)
+        return [coded, {"sink_at": ("sequences", sinks), "sink_keys": exact, "sink_values": exact}]
 
     def get_seq_length(self) -> int:
         return 0 if self.key_codes is None else self.key_codes.shape[1]
@@ -389,7 +427,8 @@ class RotateKVCache(HeldCache):
         fused: bool = False,
     ) -> None:
         n_layers, heads, width = shape_of(config)
-        self.rotary, self.head_width, self.bits, self.sinks, self.fused = Rotary(config), width, bits, sinks, fused
+        self.rotary, self.heads, self.head_width = Rotary(config), heads, width
+        self.bits, self.sinks, self.fused = bits, sinks, fused
         self.group_size = width if group_size is None else group_size
         self.clip = (0.8 if bits <= 2 else 1.0) if clip is None else clip
         self.head_group = usual_head_group(heads) if head_group is None else head_group

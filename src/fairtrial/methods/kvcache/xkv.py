@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fairtrial.methods.arguments import require
-from fairtrial.methods.kvcache.held import HeldCache, HeldLayer, check_crop, joined, last_removed, shape_of
+from fairtrial.methods.kvcache.held import HeldCache, HeldLayer, Shape, check_crop, joined, last_removed, shape_of
 from fairtrial.methods.kvcache.rotary import Rotary
 from fairtrial.methods.registry import Categorical, method
 
@@ -167,10 +167,26 @@ class XKVLayer(HeldLayer):
     key_basis: Tensor | None
     value_basis: Tensor | None
 
-    def __init__(self, group: list["XKVLayer"], rotary: Rotary, rank_k: int, rank_v: int) -> None:
-        super().__init__()
+    def __init__(
+        self, group: list["XKVLayer"], rotary: Rotary, rank_k: int, rank_v: int, heads: int, width: int
+    ) -> None:
+        super().__init__(heads, width)
         self.group, self.rotary, self.rank_k, self.rank_v = group, rotary, rank_k, rank_v
         group.append(self)
+
+    def shapes(self, number: int) -> list[dict[str, Shape]]:
+        place = next(i for i, layer in enumerate(self.group) if layer is self)
+        ranks = [f"rank_{which} from layer {number - place} on" for which in "kv"]
+        bases: dict[str, Shape] = {
+            f"{name}_basis": ("sequences", rank, self.heads * self.width)
+            for name, rank in zip(("key", "value"), ranks, strict=True)
+        }
+        coefficients: dict[str, Shape] = {
+            f"{name}_coefficients": ("sequences", "tokens of the prompt", rank)
+            for name, rank in zip(("key", "value"), ranks, strict=True)
+        }
+        later: Shape = ("sequences", self.heads, "later tokens", self.width)
+        return [bases | (coefficients if place == 0 else {}), {"keys": later, "values": later}]
 
     def get_seq_length(self) -> int:
         coefficients = self.group[0].key_coefficients if self.key_basis is not None else None
@@ -259,7 +275,7 @@ class XKVCache(HeldCache):
             group: list[XKVLayer] = []
             share = len(numbers) * width
             ranks = rank_k or max(1, share // 8), rank_v or max(1, 3 * share // 16)
-            layers += [XKVLayer(group, rotary, *ranks) for _ in numbers]
+            layers += [XKVLayer(group, rotary, *ranks, heads, head_width) for _ in numbers]
         super().__init__(layers=layers)
         self._rotary = rotary
         self.settings = {"group_size": group_size, "rank_k": rank_k, "rank_v": rank_v, "channels": width}
