@@ -284,3 +284,29 @@ def test_misuse_is_refused_with_the_argument_named(small_gpt, minilm):
             quantize_per_token(ROWS, **arguments)
     with pytest.raises(ValueError, match="k "):
         sink_tokens(normal(1, 2, 3), 0)
+
+
+@pytest.mark.parametrize("number", [2.5, 2.0, True])
+def test_numbers_that_are_not_whole_are_refused(number):
+    for name in ("bits", "group_size", "head_group", "sinks"):
+        with pytest.raises((ValueError, TypeError), match=f"{name} must be|check"):
+            RotateKVCache(CONFIG, **{name: number})
+    with pytest.raises((ValueError, TypeError), match="sink_indices must be|check"):
+        RotateKVCache(CONFIG, sink_indices=[0, number])
+    for call, name in (
+        (lambda: quantize_per_token(ROWS, number, 4), "bits"),
+        (lambda: quantize_per_token(ROWS, 2, number), "group_size"),
+        (lambda: sink_tokens(normal(1, 2, 3), number), "k"),
+        (lambda: rotate_keys(normal(1, 2, 3, 4), number), "head_group"),
+    ):
+        with pytest.raises((ValueError, TypeError), match=f"{name} must be|check"):
+            call()
+
+
+def test_cosines_are_made_once_for_all_layers(monkeypatch):
+    made, cos = [], torch.Tensor.cos
+    cache = RotateKVCache(CONFIG, sinks=0)
+    handed(cache, 6)
+    monkeypatch.setattr(torch.Tensor, "cos", lambda angles: made.append(angles.shape) or cos(angles))
+    handed(cache, 1)
+    assert made == [(1, 16), (7, 16)]

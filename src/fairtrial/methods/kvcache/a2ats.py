@@ -32,7 +32,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from fairtrial.methods.arguments import require
 from fairtrial.methods.kvcache.attention import AttendingCache
-from fairtrial.methods.kvcache.held import HeldLayer, Shape, check_crop, joined, last_removed, shape_of
+from fairtrial.methods.kvcache.held import HeldLayer, Shape, check_crop, joined, last_removed, shape_of, whole
 from fairtrial.methods.kvcache.rotary import turned
 from fairtrial.methods.registry import LogUniform, method
 
@@ -80,7 +80,10 @@ def train_codebook(
     """
     from sklearn.cluster import KMeans
 
-    require(1 <= n_codes <= len(keys), "n_codes", n_codes, f"from 1 to {len(keys)}, the number of keys")
+    fits = whole(n_codes, 1, len(keys))
+    require(fits, "n_codes", n_codes, f"a whole number from 1 to {len(keys)}, the number of keys")
+    require(whole(max_iter, 1), "max_iter", max_iter, "a whole number of at least 1")
+    require(tol >= 0, "tol", tol, "at least 0")
     require(bool(keys.isfinite().all()), "keys", "others", "finite")
     seed = int(torch.randint(2**31, (), generator=generator, device=generator.device))
     rows = (keys.float() @ factor.float()).cpu().numpy()
@@ -170,10 +173,10 @@ def select_tokens(
         ValueError: an argument lies outside its range.
     """
     require(0 < top_ratio <= 1, "top_ratio", top_ratio, "within (0, 1]")
-    require(window >= 1, "window", window, "at least 1")
-    require(sink >= 0, "sink", sink, "at least 0")
+    require(whole(window, 1), "window", window, "a whole number of at least 1")
+    require(whole(sink, 0), "sink", sink, "a whole number of at least 0")
     heads, tokens = scores.shape[-2:]
-    require(groups >= 1 and heads % groups == 0, "groups", groups, f"a divisor of {heads} heads")
+    require(whole(groups, 1) and heads % groups == 0, "groups", groups, f"a divisor of {heads} heads")
     visible = torch.ones((1, tokens), dtype=torch.bool, device=scores.device) if visible is None else visible
     seen = visible.cumsum(-1)
     length = seen[..., -1:]
@@ -324,7 +327,9 @@ def train_codebooks(
         ValueError: an argument lies outside its range, the model is not like that, or there are fewer tokens than
             codewords.
     """
-    require(offset is None or offset >= 0, "offset", offset, "at least 0")
+    require(offset is None or whole(offset, 0), "offset", offset, "a whole number of at least 0")
+    require(n_codes is None or whole(n_codes, 1), "n_codes", n_codes, "a whole number of at least 1")
+    require(whole(max_iter, 1), "max_iter", max_iter, "a whole number of at least 1")
     rotation = Rotation(model)
     seen = _Seen(model.config, rotation, offset)
     for ids in calibration:

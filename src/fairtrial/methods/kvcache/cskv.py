@@ -23,6 +23,7 @@ and starts anew. Their code computes x Wᵀ and x Aᵀ in one product; here the 
 computed beside it. They refuse projections with a bias, which here is added to what the factors rebuild.
 """
 
+import copy
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -34,7 +35,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fairtrial.methods.arguments import require
-from fairtrial.methods.kvcache.held import HeldCache, HeldLayer, Shape, check_crop, joined, last_removed, shape_of
+from fairtrial.methods.kvcache.held import (
+    HeldCache,
+    HeldLayer,
+    Shape,
+    check_crop,
+    joined,
+    last_removed,
+    shape_of,
+    whole,
+)
 from fairtrial.methods.kvcache.rotary import turned
 from fairtrial.methods.kvcache.rotated_keys import check_rotated_keys, rotary_embedding
 from fairtrial.methods.kvcache.watched import decoder_layers, watched
@@ -58,9 +68,11 @@ def asvd_factorize(
         alpha: how much the magnitudes count; 0 for not at all.
 
     Raises:
-        ValueError: the rank is out of range, or magnitudes are negative or not finite.
+        ValueError: the rank is out of range, alpha is not finite, or magnitudes are negative or not finite.
     """
-    require(1 <= rank <= min(weight.shape), "rank", rank, f"from 1 to {min(weight.shape)}")
+    most = min(weight.shape)
+    require(whole(rank, 1, most), "rank", rank, f"a whole number from 1 to {most}")
+    require(math.isfinite(alpha), "alpha", alpha, "finite")
     wide = weight.double()
     scale = torch.ones_like(wide[0])
     if act_abs_mean is not None:
@@ -236,7 +248,7 @@ def train_cskv(
         ValueError: an argument lies outside its range, there is no batch, or the factors are of another model.
     """
     require(0 < lr < math.inf, "lr", lr, "finite and above 0")
-    require(steps >= 1, "steps", steps, "at least 1")
+    require(whole(steps, 1), "steps", steps, "a whole number of at least 1")
     _check_window(window, k_bits, v_bits)
     _check_factors(factors, model)
     inputs = list(attention_inputs(model, batches))
@@ -324,14 +336,14 @@ def fake_quantize_values(u: Float[Tensor, "b t r"], bits: int, heads: int = 1) -
         ValueError: the channels do not belong to so many heads alike, or the bits are out of range.
     """
     _check_window(1, bits)
-    require(heads >= 1 and u.shape[2] % heads == 0, "heads", heads, f"a divisor of {u.shape[2]} channels")
+    require(whole(heads, 1) and u.shape[2] % heads == 0, "heads", heads, f"a divisor of {u.shape[2]} channels")
     return _fake_quantize(u.unflatten(2, (heads, -1)), bits).flatten(2)
 
 
 def _check_window(window: int, *bits: int | None) -> None:
-    require(isinstance(window, int) and window >= 1, "window", window, "a whole number of at least 1")
+    require(whole(window, 1), "window", window, "a whole number of at least 1")
     for each in bits:
-        require(each is None or (isinstance(each, int) and 1 <= each <= 8), "bits", each, "from 1 to 8, or None")
+        require(each is None or whole(each, 1, 8), "bits", each, "a whole number from 1 to 8, or None")
 
 
 # The cache ---------------------------------------------------------------------------------------------------------
@@ -497,6 +509,13 @@ class CSKVCache(HeldCache):
         channels = [factors.keys[0].down.shape[0], factors.values[0].down.shape[0]]
         self.settings = {"window": window, "k_bits": k_bits, "v_bits": v_bits, "channels": channels}
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> "CSKVCache":
+        """A copy of what is held, with the same factors; it is not attached."""
+        copied = type(self).__new__(type(self))
+        memo |= {id(self): copied, id(self.factors): self.factors}
+        copied.__dict__ = copy.deepcopy(self.__dict__ | {"_embedding": None, "_angles": None}, memo)
+        return copied
+
     @contextmanager
     def attached_to(self, model: nn.Module) -> Iterator[None]:
         """Within, the cache is told the inputs of the model's attentions, and rotates keys as the model does.
@@ -522,6 +541,8 @@ class CSKVCache(HeldCache):
                 yield
         finally:
             self._embedding = before
+            for layer in self.layers:
+                layer.seen = None
 
     def check_state(self, state: Mapping[str, Any]) -> dict[str, int]:
         sizes = super().check_state(state)
@@ -580,6 +601,7 @@ def enable_cskv(
     Raises:
         ValueError: an argument lies outside its range, or the model does not fit.
     """
+    _check_window(window)
     cache = CSKVCache(factorize_cskv(model, k_density, v_density, calibration), window)
     with cache.attached_to(model):
         yield cache
@@ -614,6 +636,8 @@ def cskv_cache(
     Raises:
         ValueError: an argument lies outside its range, or the model does not fit.
     """
+    _check_window(window, k_bits, v_bits)
+    require(whole(steps, 0), "steps", steps, "a whole number of at least 0")
     factors = factorize_cskv(model, k_density, v_density, calibration)
     if steps:
         train_cskv(factors, model, calibration, lr=lr, steps=steps, k_bits=k_bits, v_bits=v_bits, window=window)

@@ -190,6 +190,13 @@ def shape_of(config: Any) -> tuple[int, int, int]:
     return config.num_hidden_layers, heads, width
 
 
+def whole(value: object, least: int | None = None, most: int | None = None) -> bool:
+    """Whether it is a whole number within bounds; True and False are none."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        return False
+    return (least is None or value >= least) and (most is None or value <= most)
+
+
 def joined(tensors: list[Tensor | None]) -> Tensor:
     """One after the other along the tokens, without those that there are not; a single one as it is."""
     found = [tensor for tensor in tensors if tensor is not None]
@@ -206,5 +213,6 @@ def last_removed(tensor: Tensor | None, tokens: int) -> Tensor | None:
 
 def check_crop(tokens_to_remove: int, length: int) -> int:
     """How many tokens `crop` is to remove: it takes a number that is not above 0."""
-    require(-length <= tokens_to_remove <= 0, "tokens_to_remove", tokens_to_remove, f"from -{length} to 0")
+    fits = whole(tokens_to_remove, -length, 0)
+    require(fits, "tokens_to_remove", tokens_to_remove, f"a whole number from {-length} to 0")
     return -tokens_to_remove

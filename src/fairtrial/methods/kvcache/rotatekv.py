@@ -30,7 +30,16 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
 
 from fairtrial.methods.arguments import require
-from fairtrial.methods.kvcache.held import HeldCache, HeldLayer, Shape, check_crop, joined, last_removed, shape_of
+from fairtrial.methods.kvcache.held import (
+    HeldCache,
+    HeldLayer,
+    Shape,
+    check_crop,
+    joined,
+    last_removed,
+    shape_of,
+    whole,
+)
 from fairtrial.methods.kvcache.rotary import Rotary
 from fairtrial.methods.kvcache.rotated_keys import TOKENS, TOLERANCE, check_rotated_keys
 from fairtrial.methods.kvcache.watched import decoder_layers, watched
@@ -54,7 +63,8 @@ def rotate_keys(keys: Float[Tensor, "b h t d"], head_group: int) -> Float[Tensor
 
 
 def check_head_group(head_group: int, heads: int, width: int) -> None:
-    require(head_group >= 1 and heads % head_group == 0, "head_group", head_group, f"a divisor of {heads} heads")
+    divides = whole(head_group, 1) and heads % head_group == 0
+    require(divides, "head_group", head_group, f"a divisor of {heads} heads")
     size = head_group * width
     require(size & (size - 1) == 0, "head_group", head_group, f"such that times {width} channels it is a power of two")
 
@@ -144,10 +154,10 @@ def quantize_per_token(
     Raises:
         ValueError: an argument lies outside its range, or the group size does not divide n.
     """
-    require(1 <= bits <= 8, "bits", bits, "from 1 to 8")
+    require(whole(bits, 1, 8), "bits", bits, "a whole number from 1 to 8")
     require(0 < clip <= 1, "clip", clip, "within (0, 1]")
     n = x.shape[-1]
-    require(group_size >= 1 and n % group_size == 0, "group_size", group_size, f"a divisor of {n} channels")
+    require(whole(group_size, 1) and n % group_size == 0, "group_size", group_size, f"a divisor of {n} channels")
     dtype = held_in or x.dtype
     grouped = x.unflatten(-1, (-1, group_size))
     high, low = grouped.amax(-1, keepdim=True) * clip, grouped.amin(-1, keepdim=True) * clip
@@ -169,7 +179,7 @@ def sink_tokens(hidden: Float[Tensor, "b t d"], k: int = 20) -> Int[Tensor, "b s
     Raises:
         ValueError: k is below 1.
     """
-    require(k >= 1, "k", k, "at least 1")
+    require(whole(k, 1), "k", k, "a whole number of at least 1")
     tokens, width = hidden.shape[1:]
     found = hidden.abs().flatten(1).topk(min(k, tokens * width), -1).indices // width
     chosen = torch.zeros(hidden.shape[:2], dtype=torch.bool, device=hidden.device).scatter_(1, found, True)
@@ -252,6 +262,7 @@ def _rotated_rows(weight: Tensor, size: int) -> Tensor:
 def check_order(order: Tensor, n_layers: int, channels: int) -> None:
     shape = tuple(order.shape)
     require(shape == (n_layers, channels), "order", shape, f"of shape {(n_layers, channels)}: layers, channels")
+    require(order.dtype == torch.long, "order", order.dtype, "of torch.long")
     rising = torch.arange(channels, device=order.device).expand_as(order)
     require(torch.equal(order.sort(-1).values, rising), "order", "rows that are no permutation", "permutations")
 
@@ -366,6 +377,8 @@ class RotateKVLayer(HeldLayer):
     @torch.no_grad()
     def crop(self, tokens_to_remove: int) -> None:
         tokens, length = check_crop(tokens_to_remove, self.get_seq_length()), self.get_seq_length()
+        if not tokens:
+            return
         if tokens == length:
             self.reset()
             return
@@ -427,20 +440,22 @@ class RotateKVCache(HeldCache):
         fused: bool = False,
     ) -> None:
         n_layers, heads, width = shape_of(config)
+        known = whole(bits, 1) and (bits <= 8 or bits == UNQUANTISED)
+        require(known, "bits", bits, "a whole number from 1 to 8, or 16")
         self.rotary, self.heads, self.head_width = Rotary(config), heads, width
         self.bits, self.sinks, self.fused = bits, sinks, fused
         self.group_size = width if group_size is None else group_size
         self.clip = (0.8 if bits <= 2 else 1.0) if clip is None else clip
         self.head_group = usual_head_group(heads) if head_group is None else head_group
         self.sink_indices = None if sink_indices is None else tuple(sink_indices)
-        require(bits in (*range(1, 9), UNQUANTISED), "bits", bits, "from 1 to 8, or 16")
         require(0 < self.clip <= 1, "clip", clip, "within (0, 1]")
         check_head_group(self.head_group, heads, width)
         require(width & (width - 1) == 0, "config", f"heads of {width} channels", "with a power of two of them")
-        divides = self.group_size >= 1 and heads * width % self.group_size == 0
+        divides = whole(self.group_size, 1) and heads * width % self.group_size == 0
         require(divides, "group_size", group_size, f"a divisor of {heads * width} channels")
-        require(sinks >= 0, "sinks", sinks, "at least 0")
-        require(all(place >= 0 for place in self.sink_indices or ()), "sink_indices", sink_indices, "at least 0")
+        require(whole(sinks, 0), "sinks", sinks, "a whole number of at least 0")
+        places = all(whole(place, 0) for place in self.sink_indices or ())
+        require(places, "sink_indices", sink_indices, "whole numbers of at least 0")
         if order is not None:
             check_order(order, n_layers, heads * width)
         super().__init__(layers=[RotateKVLayer(self, None if order is None else order[i]) for i in range(n_layers)])
