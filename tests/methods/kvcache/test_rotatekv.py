@@ -310,3 +310,10 @@ def test_cosines_are_made_once_for_all_layers(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "cos", lambda angles: made.append(angles.shape) or cos(angles))
     handed(cache, 1)
     assert made == [(1, 16), (7, 16)]
+
+
+def test_cosines_do_not_pile_up():
+    rotary = Rotary(CONFIG)
+    for tokens in range(1, 9):
+        rotary.put_on(normal(1, 2, tokens, 16))
+    assert len(rotary._known) == 2

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from fairtrial.methods.arguments import require
 
+KEPT = 2  # ranges of positions whose cosines are kept: new tokens and all tokens
+
 
 class Rotary:
     """The angles of a model's rotary embeddings.
@@ -56,12 +58,14 @@ class Rotary:
         return turned(keys, cos, -sin)
 
     def forget(self) -> None:
-        """Drop the cosines that were needed; they are kept for the other layers, which need the same."""
+        """Drop the cosines that were needed last; they are kept for the other layers, which need the same."""
         self._known.clear()
 
     def _at(self, start: int, like: Tensor) -> tuple[Float[Tensor, "t r"], Float[Tensor, "t r"]]:
         wanted = (start, like.shape[-2], like.dtype, like.device)
         if wanted not in self._known:
+            if len(self._known) == KEPT:
+                del self._known[next(iter(self._known))]
             positions = torch.arange(start, start + like.shape[-2], device=like.device, dtype=torch.float32)
             frequencies = torch.tensor(self.frequencies, device=like.device, dtype=torch.float32)
             angles = (positions[:, None] * frequencies).repeat(1, 2)
