@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 from transformers import DynamicCache
 
 from fairtrial.methods.kvcache import (
@@ -379,3 +380,20 @@ def test_misuse_of_training_is_refused(small_gpt, minilm, smollm2, books, text):
         Rotation(minilm.model)
     with pytest.raises(RuntimeError, match="attached_to"):
         small_gpt.model(text[:, :9], past_key_values=made(small_gpt, books))
+
+
+@pytest.mark.parametrize("number", [2.5, True])
+def test_numbers_that_are_not_whole_are_refused(small_gpt, books, text, number):
+    keys, model = torch.randn(10, 4, generator=generator()), small_gpt.model
+    for call, name in (
+        (lambda: made(small_gpt, books, window=number), "window"),
+        (lambda: made(small_gpt, books, sink=number), "sink"),
+        (lambda: select_tokens(torch.ones(4, 9), 0.5, groups=number), "groups"),
+        (lambda: train_codebook(keys, torch.eye(4), number, generator()), "n_codes"),
+        (lambda: train_codebook(keys, torch.eye(4), 2, generator(), max_iter=number), "max_iter"),
+        (lambda: train_codebooks(nn.Linear(1, 1), [text], generator(), n_codes=number), "n_codes"),
+        (lambda: train_codebooks(nn.Linear(1, 1), [text], generator(), max_iter=number), "max_iter"),
+        (lambda: train_codebooks(model, [text[:, :30]], generator(), offset=number), "offset"),
+    ):
+        with pytest.raises((ValueError, TypeError), match=f"{name} must be|check"):
+            call()

@@ -342,3 +342,52 @@ def test_misuse_is_refused_with_the_argument_named(small_gpt, minilm):
     cache.layers[0].seen = (torch.zeros(1, 3, 128), torch.arange(3)[None])
     with pytest.raises(ValueError, match="key_states"):
         cache.update(torch.zeros(1, 2, 4, 32), torch.zeros(1, 2, 4, 32), 0)
+
+
+@pytest.mark.parametrize("number", [2.5, True])
+def test_numbers_that_are_not_whole_are_refused_before_anything_is_done(small_gpt, number):
+    model, factors = small_gpt.model, factorize_cskv(small_gpt.model, 0.25, 0.25)
+    u = normal(1, 4, 2)
+    for call, name in (
+        (lambda: CSKVCache(factors, number), "window"),
+        (lambda: CSKVCache(factors, 4, number), "bits"),
+        (lambda: asvd_factorize(normal(6, 9), None, number), "rank"),
+        (lambda: train_cskv(factors, model, [IDS], steps=number), "steps"),
+        (lambda: fake_quantize_keys(u, 2, number), "window"),
+        (lambda: fake_quantize_values(u, number), "bits"),
+        (lambda: fake_quantize_values(u, 2, number), "heads"),
+        (lambda: cskv_cache(nn.Linear(1, 1), [IDS], steps=number), "steps"),
+        (lambda: cskv_cache(nn.Linear(1, 1), [IDS], v_bits=number), "bits"),
+    ):
+        with pytest.raises((ValueError, TypeError), match=f"{name} must be|check"):
+            call()
+    with pytest.raises(ValueError, match="alpha"):
+        asvd_factorize(normal(6, 9), torch.ones(9, dtype=F64), 2, math.nan)
+
+
+@torch.no_grad()
+def test_a_copy_goes_on_by_itself_with_the_same_factors(small_gpt):
+    model, following = small_gpt.model, IDS[:, 37:38]
+    cache = CSKVCache(factorize_cskv(model, 0.5, 0.5), 16, 4, 4)
+    read(model, cache, IDS[:, :37])
+    copied = copy.deepcopy(cache)
+    assert copied.factors is cache.factors
+    assert all(layer.cache is copied for layer in copied.layers)
+    found = read(model, copied, following)
+    assert (copied.get_seq_length(), cache.get_seq_length()) == (38, 37)
+    assert torch.equal(found, read(model, cache, following))
+
+
+@torch.no_grad()
+def test_inputs_of_a_call_that_failed_are_forgotten_on_leaving(small_gpt):
+    model, cache = small_gpt.model, CSKVCache(factorize_cskv(small_gpt.model, 0.5, 0.5), 16)
+    states = torch.zeros(2, 2, 5, 32)
+    projection = model.model.layers[0].self_attn.k_proj
+    handle = projection.register_forward_pre_hook(lambda module, args: 1 / 0)
+    try:
+        with pytest.raises(ZeroDivisionError), cache.attached_to(model):
+            model(IDS[:, :5], past_key_values=cache)
+    finally:
+        handle.remove()
+    with pytest.raises(ValueError, match="attached_to"):
+        cache.update(states, states, 0)

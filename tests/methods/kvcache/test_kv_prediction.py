@@ -300,3 +300,19 @@ def test_misuse_of_the_model_is_refused(minilm):
         default_layer_map(3, 4)
     with pytest.raises(ValueError, match="tokens"):
         ttft_flops(0, BlockSizes(1, (1,)))
+
+
+@pytest.mark.parametrize("number", [2.5, True])
+def test_numbers_that_are_not_whole_are_refused(number):
+    for call, name in (
+        (lambda: default_layer_map(4, number), "n_aux"),
+        (lambda: pruned_layer_map(4, [0, number]), "keep"),
+        (lambda: KVPredictor([8] * 2, [8], [2], [number]), "layer_map"),
+        (lambda: KVPredictor([8], [8], [number], [0]), "base_heads"),
+        (lambda: KVPredictor([8], [number], [1], [0]), "base_dims"),
+        (lambda: ttft_flops(number, BlockSizes(1, (1,))), "tokens"),
+    ):
+        with pytest.raises((ValueError, TypeError), match=f"{name} must be|check"):
+            call()
+    with pytest.raises(ValueError, match="base_heads must be"):
+        KVPredictor([8], [8], [0], [0])

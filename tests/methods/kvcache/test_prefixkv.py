@@ -387,3 +387,50 @@ def test_misuse_of_selection_and_calibration_is_refused(small_gpt, text):
         calibrate_prefix_ratios(small_gpt.model, [], 0.5)
     with pytest.raises(ValueError, match="samples"):
         calibrate_prefix_ratios(small_gpt.model, [text[:, :2]], 0.5)
+
+
+@pytest.mark.parametrize("number", [2.5, True])
+def test_numbers_that_are_not_whole_are_refused(small_gpt, text, number):
+    config, flat = small_gpt.model.config, torch.ones(2, 9)
+    for call, name in (
+        (lambda: PrefixKVCache(config, start_size=number), "start_size"),
+        (lambda: PrefixKVCache(config, distance=number), "distance"),
+        (lambda: prefix_budgets(flat, target=number), "target"),
+        (lambda: prefix_budgets(flat, 0.5, protect=number), "protect"),
+        (lambda: prefix_budgets(flat, 0.5, tol=number), "tol"),
+        (lambda: select_prefix(flat, number), "forget"),
+        (lambda: select_prefix(flat, 2, start=number), "start"),
+        (lambda: select_prefix(flat, 2, protect_last=number), "protect_last"),
+        (lambda: calibrate_prefix_ratios(small_gpt.model, [text], 0.5, number), "start_size"),
+    ):
+        with pytest.raises((ValueError, TypeError), match=f"{name}.* must be|check"):
+            call()
+
+
+@torch.no_grad()
+def test_a_batch_of_which_one_sequence_has_dropped_tokens_cannot_be_cropped(small_gpt, text):
+    cache = PrefixKVCache(small_gpt.model.config, 1.0)
+    read(small_gpt.model, cache, text[:, :20].expand(2, -1))
+    assert cache.is_croppable
+    kept = torch.ones(2, 20, dtype=torch.bool)
+    kept[1, 3:9] = False
+    for layer in cache.layers:
+        layer.keep(kept)
+    assert not cache.is_croppable
+    with pytest.raises(ValueError, match="dropped"):
+        cache.crop(-1)
+    cache.batch_select_indices(torch.tensor([0]))
+    assert cache.is_croppable
+
+
+@torch.no_grad()
+def test_padding_that_was_dropped_does_not_keep_a_batch_from_being_cropped(small_gpt, text):
+    model, ids, mask = small_gpt.model, text[:, :20].expand(2, -1), torch.ones(2, 20, dtype=torch.long)
+    mask[0, :7] = 0
+    cache = PrefixKVCache(model.config, 1.0)
+    places = (mask.cumsum(-1) - 1).clamp_min(0)
+    expected = read(model, cache, ids, attention_mask=mask, position_ids=places)
+    assert cache.is_croppable
+    cache.crop(-3)
+    found = read(model, cache, ids[:, -3:], attention_mask=mask, position_ids=places[:, -3:])
+    torch.testing.assert_close(found, expected[:, -3:], rtol=1e-4, atol=1e-4)

@@ -4,7 +4,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from transformers import BertConfig, DynamicCache, LlamaConfig
+from transformers import AutoConfig, AutoModelForCausalLM, BertConfig, DynamicCache, LlamaConfig
 
 from fairtrial.methods.kvcache import (
     RotateKVCache,
@@ -221,6 +221,30 @@ def test_biases_are_fused_too():
         torch.testing.assert_close(fused(ids, past_key_values=cache).logits, model(ids).logits, rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("qwen3", {"head_dim": 8}),  # normalises keys
+        ("olmo", {"clip_qkv": 100.0}),
+        ("cohere", {}),  # turns neighbouring channels together
+        ("bitnet", {}),  # normalises what o_proj is handed
+    ],
+)
+def test_models_that_would_not_be_the_same_are_not_fused(kind, options):
+    config = AutoConfig.for_model(
+        kind, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, hidden_size=32, intermediate_size=32,
+        vocab_size=64, pad_token_id=0, **options,
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config).eval()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match="model must be"):
+        fuse_rotatekv(model, torch.arange(16).expand(2, -1))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
 def test_without_rounding_smollm2_is_unchanged(smollm2):
     model, ids = smollm2.model, torch.randint(1000, 20000, (1, 20), generator=torch.Generator().manual_seed(0))
     cache = RotateKVCache(model.config, bits=16)
@@ -260,3 +284,36 @@ def test_misuse_is_refused_with_the_argument_named(small_gpt, minilm):
             quantize_per_token(ROWS, **arguments)
     with pytest.raises(ValueError, match="k "):
         sink_tokens(normal(1, 2, 3), 0)
+
+
+@pytest.mark.parametrize("number", [2.5, 2.0, True])
+def test_numbers_that_are_not_whole_are_refused(number):
+    for name in ("bits", "group_size", "head_group", "sinks"):
+        with pytest.raises((ValueError, TypeError), match=f"{name} must be|check"):
+            RotateKVCache(CONFIG, **{name: number})
+    with pytest.raises((ValueError, TypeError), match="sink_indices must be|check"):
+        RotateKVCache(CONFIG, sink_indices=[0, number])
+    for call, name in (
+        (lambda: quantize_per_token(ROWS, number, 4), "bits"),
+        (lambda: quantize_per_token(ROWS, 2, number), "group_size"),
+        (lambda: sink_tokens(normal(1, 2, 3), number), "k"),
+        (lambda: rotate_keys(normal(1, 2, 3, 4), number), "head_group"),
+    ):
+        with pytest.raises((ValueError, TypeError), match=f"{name} must be|check"):
+            call()
+
+
+def test_cosines_are_made_once_for_all_layers(monkeypatch):
+    made, cos = [], torch.Tensor.cos
+    cache = RotateKVCache(CONFIG, sinks=0)
+    handed(cache, 6)
+    monkeypatch.setattr(torch.Tensor, "cos", lambda angles: made.append(angles.shape) or cos(angles))
+    handed(cache, 1)
+    assert made == [(1, 16), (7, 16)]
+
+
+def test_cosines_do_not_pile_up():
+    rotary = Rotary(CONFIG)
+    for tokens in range(1, 9):
+        rotary.put_on(normal(1, 2, tokens, 16))
+    assert len(rotary._known) == 2

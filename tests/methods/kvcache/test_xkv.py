@@ -279,3 +279,29 @@ def test_misuse_is_refused_with_the_argument_named():
     for arguments in ({"t": math.nan}, {"gamma": 1.5}):
         with pytest.raises(ValueError, match=next(iter(arguments))):
             minicache_merge(*layers, **arguments)
+
+
+@pytest.mark.parametrize("number", [2.5, True])
+def test_numbers_that_are_not_whole_are_refused(number):
+    layers = waves()
+    for call, name in (
+        (lambda: XKVCache(CONFIG, group_size=number), "group_size"),
+        (lambda: XKVCache(CONFIG, rank_k=number), "rank_k"),
+        (lambda: XKVCache(CONFIG, rank_v=number), "rank_v"),
+        (lambda: group_layers(10, 4, number), "start"),
+        (lambda: group_layers(10, 4, end=number), "end"),
+        (lambda: cross_layer_svd(layers, number), "rank"),
+        (lambda: subspace_overlap(*layers, number), "rank"),
+    ):
+        with pytest.raises((ValueError, TypeError), match=f"{name}.* must be|check"):
+            call()
+    cache = XKVCache(CONFIG)
+    filled(cache, 6, 1)
+    with pytest.raises((ValueError, TypeError), match="tokens_to_remove must be|check"):
+        cache.crop(False if number is True else -number)
+    assert cache.get_seq_length() == 7
+
+
+def test_a_share_of_the_way_that_is_no_number_is_refused():
+    with pytest.raises(ValueError, match="t must be"):
+        slerp(torch.ones(3), torch.ones(3), math.nan)

@@ -32,7 +32,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from fairtrial.methods.arguments import require
 from fairtrial.methods.kvcache.attention import AttendingCache
-from fairtrial.methods.kvcache.held import HeldLayer, check_crop, joined, last_removed, shape_of
+from fairtrial.methods.kvcache.held import HeldLayer, Shape, check_crop, joined, last_removed, shape_of, whole
 from fairtrial.methods.kvcache.rotary import turned
 from fairtrial.methods.registry import LogUniform, method
 
@@ -80,7 +80,10 @@ def train_codebook(
     """
     from sklearn.cluster import KMeans
 
-    require(1 <= n_codes <= len(keys), "n_codes", n_codes, f"from 1 to {len(keys)}, the number of keys")
+    fits = whole(n_codes, 1, len(keys))
+    require(fits, "n_codes", n_codes, f"a whole number from 1 to {len(keys)}, the number of keys")
+    require(whole(max_iter, 1), "max_iter", max_iter, "a whole number of at least 1")
+    require(tol >= 0, "tol", tol, "at least 0")
     require(bool(keys.isfinite().all()), "keys", "others", "finite")
     seed = int(torch.randint(2**31, (), generator=generator, device=generator.device))
     rows = (keys.float() @ factor.float()).cpu().numpy()
@@ -170,10 +173,10 @@ def select_tokens(
         ValueError: an argument lies outside its range.
     """
     require(0 < top_ratio <= 1, "top_ratio", top_ratio, "within (0, 1]")
-    require(window >= 1, "window", window, "at least 1")
-    require(sink >= 0, "sink", sink, "at least 0")
+    require(whole(window, 1), "window", window, "a whole number of at least 1")
+    require(whole(sink, 0), "sink", sink, "a whole number of at least 0")
     heads, tokens = scores.shape[-2:]
-    require(groups >= 1 and heads % groups == 0, "groups", groups, f"a divisor of {heads} heads")
+    require(whole(groups, 1) and heads % groups == 0, "groups", groups, f"a divisor of {heads} heads")
     visible = torch.ones((1, tokens), dtype=torch.bool, device=scores.device) if visible is None else visible
     seen = visible.cumsum(-1)
     length = seen[..., -1:]
@@ -274,7 +277,7 @@ class _Seen(AttendingCache):
 
     def __init__(self, config: Any, rotation: Rotation, offset: int | None) -> None:
         n_layers, heads, width = shape_of(config)
-        super().__init__([VQKeyLayer() for _ in range(n_layers)])
+        super().__init__([VQKeyLayer(heads, width) for _ in range(n_layers)])
         self.rotation, self.offset = rotation, offset
         self.keys: list[list[Tensor]] = [[] for _ in range(n_layers)]
         self.grams = [torch.zeros(heads, width, width) for _ in range(n_layers)]
@@ -324,7 +327,9 @@ def train_codebooks(
         ValueError: an argument lies outside its range, the model is not like that, or there are fewer tokens than
             codewords.
     """
-    require(offset is None or offset >= 0, "offset", offset, "at least 0")
+    require(offset is None or whole(offset, 0), "offset", offset, "a whole number of at least 0")
+    require(n_codes is None or whole(n_codes, 1), "n_codes", n_codes, "a whole number of at least 1")
+    require(whole(max_iter, 1), "max_iter", max_iter, "a whole number of at least 1")
     rotation = Rotation(model)
     seen = _Seen(model.config, rotation, offset)
     for ids in calibration:
@@ -355,6 +360,10 @@ class VQKeyLayer(HeldLayer):
     parts: ClassVar = ("keys", "values", "codes")
     is_croppable = True
     codes: Tensor | None
+
+    def shapes(self, number: int) -> list[dict[str, Shape]]:
+        whole: Shape = ("sequences", self.heads, "tokens", self.width)
+        return [{"keys": whole, "values": whole, "codes": whole[:3]}]
 
     def get_seq_length(self) -> int:
         return 0 if self.keys is None else self.keys.shape[-2]
@@ -397,7 +406,7 @@ class VQKeyCache(AttendingCache):
         shapes = {(len(codebooks.codes), *(books.shape[0], books.shape[2])) for books in codebooks.codes}
         require(shapes == {(n_layers, heads, width)}, "codebooks", sorted(shapes), f"for {(n_layers, heads, width)}")
         select_tokens(torch.zeros(1, 1), top_ratio, window=window, sink=sink)
-        super().__init__([VQKeyLayer() for _ in range(n_layers)])
+        super().__init__([VQKeyLayer(heads, width) for _ in range(n_layers)])
         self.codebooks, self.top_ratio, self.window, self.sink = codebooks, top_ratio, window, sink
         self._rotation: Rotation | None = None
         self._words: list[Tensor] = []
@@ -427,16 +436,27 @@ class VQKeyCache(AttendingCache):
         return super().__getstate__() | {"_rotation": None, "_words": []}
 
     def state_dict(self) -> dict[str, Any]:
-        books = {"codes": list(self.codebooks.codes), "factors": list(self.codebooks.factors)}
-        return super().state_dict() | {"codebooks": books}
+        return super().state_dict() | {"codebooks": self._books()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        require("codebooks" in state, "state", sorted(state), f"what a {type(self).__name__} has saved, with codebooks")
-        codebooks = Codebooks(**state["codebooks"], offset=self.codebooks.offset)
         super().load_state_dict(state)
-        self.codebooks = codebooks
+        self.codebooks = Codebooks(**state["codebooks"], offset=self.codebooks.offset)
         if self._rotation is not None:
-            self._words = codebooks.words()
+            self._words = self.codebooks.words()
+
+    def check_state(self, state: Mapping[str, Any]) -> dict[str, int]:
+        sizes = super().check_state(state)
+        require("codebooks" in state, "state", sorted(state), f"what a {type(self).__name__} has saved, with codebooks")
+        books = state["codebooks"]
+        found, wanted = (
+            {name: [tuple(tensor.shape) for tensor in each.get(name, ())] for name in ("codes", "factors")}
+            for each in (books, self._books())
+        )
+        require(found == wanted, "codebooks of the state", found, f"of the shapes {wanted}")
+        return sizes
+
+    def _books(self) -> dict[str, list[Tensor]]:
+        return {"codes": list(self.codebooks.codes), "factors": list(self.codebooks.factors)}
 
     def attend(
         self,

@@ -23,8 +23,9 @@ and starts anew. Their code computes x Wᵀ and x Aᵀ in one product; here the 
 computed beside it. They refuse projections with a bias, which here is added to what the factors rebuild.
 """
 
+import copy
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
@@ -34,11 +35,20 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fairtrial.methods.arguments import require
-from fairtrial.methods.kvcache.held import HeldCache, HeldLayer, check_crop, joined, last_removed, shape_of
+from fairtrial.methods.kvcache.held import (
+    HeldCache,
+    HeldLayer,
+    Shape,
+    check_crop,
+    joined,
+    last_removed,
+    shape_of,
+    whole,
+)
 from fairtrial.methods.kvcache.rotary import turned
 from fairtrial.methods.kvcache.rotated_keys import check_rotated_keys, rotary_embedding
 from fairtrial.methods.kvcache.watched import decoder_layers, watched
-from fairtrial.methods.quantization.packing import pack, unpack
+from fairtrial.methods.quantization.packing import pack, packed_width, unpack
 from fairtrial.methods.registry import LogUniform, method
 
 LEAST_RANGE = 1e-5
@@ -58,9 +68,11 @@ def asvd_factorize(
         alpha: how much the magnitudes count; 0 for not at all.
 
     Raises:
-        ValueError: the rank is out of range, or magnitudes are negative or not finite.
+        ValueError: the rank is out of range, alpha is not finite, or magnitudes are negative or not finite.
     """
-    require(1 <= rank <= min(weight.shape), "rank", rank, f"from 1 to {min(weight.shape)}")
+    most = min(weight.shape)
+    require(whole(rank, 1, most), "rank", rank, f"a whole number from 1 to {most}")
+    require(math.isfinite(alpha), "alpha", alpha, "finite")
     wide = weight.double()
     scale = torch.ones_like(wide[0])
     if act_abs_mean is not None:
@@ -236,7 +248,7 @@ def train_cskv(
         ValueError: an argument lies outside its range, there is no batch, or the factors are of another model.
     """
     require(0 < lr < math.inf, "lr", lr, "finite and above 0")
-    require(steps >= 1, "steps", steps, "at least 1")
+    require(whole(steps, 1), "steps", steps, "a whole number of at least 1")
     _check_window(window, k_bits, v_bits)
     _check_factors(factors, model)
     inputs = list(attention_inputs(model, batches))
@@ -324,14 +336,14 @@ def fake_quantize_values(u: Float[Tensor, "b t r"], bits: int, heads: int = 1) -
         ValueError: the channels do not belong to so many heads alike, or the bits are out of range.
     """
     _check_window(1, bits)
-    require(heads >= 1 and u.shape[2] % heads == 0, "heads", heads, f"a divisor of {u.shape[2]} channels")
+    require(whole(heads, 1) and u.shape[2] % heads == 0, "heads", heads, f"a divisor of {u.shape[2]} channels")
     return _fake_quantize(u.unflatten(2, (heads, -1)), bits).flatten(2)
 
 
 def _check_window(window: int, *bits: int | None) -> None:
-    require(isinstance(window, int) and window >= 1, "window", window, "a whole number of at least 1")
+    require(whole(window, 1), "window", window, "a whole number of at least 1")
     for each in bits:
-        require(each is None or (isinstance(each, int) and 1 <= each <= 8), "bits", each, "from 1 to 8, or None")
+        require(each is None or whole(each, 1, 8), "bits", each, "a whole number from 1 to 8, or None")
 
 
 # The cache ---------------------------------------------------------------------------------------------------------
@@ -353,12 +365,30 @@ class CSKVLayer(HeldLayer):
 
     def __init__(self, cache: "CSKVCache", number: int) -> None:
         self.seen: tuple[Tensor, Tensor] | None = None
-        super().__init__()
+        heads = cache.factors.heads
+        super().__init__(heads, cache.factors.keys[number].up.shape[0] // heads)
         self.cache, self.number = cache, number
 
     def reset(self) -> None:
         super().reset()
         self.seen = None
+
+    def shapes(self, number: int) -> list[dict[str, Shape]]:
+        factors, exact = self.cache.factors, ("sequences", self.heads, "tokens after them", self.width)
+        full: dict[str, Shape] = {}
+        rest: dict[str, Shape] = {"keys": exact, "values": exact}
+        for name, factor, bits, scaled in (
+            ("key", factors.keys[number], self.cache.k_bits, ("windows", factors.keys[number].down.shape[0])),
+            ("value", factors.values[number], self.cache.v_bits, ("tokens in full windows", self.heads)),
+        ):
+            channels = factor.down.shape[0]
+            width = channels if bits is None else packed_width(channels, bits)
+            full[f"{name}_features"] = ("sequences", "tokens in full windows", width)
+            if bits is not None:
+                full |= dict.fromkeys((f"{name}_scale", f"{name}_zero"), ("sequences", *scaled))
+            rest[f"{name}_pending"] = ("sequences", "tokens after them", channels)
+        positions: dict[str, Shape] = {"positions": ("sequences", "positions", 1)}
+        return [full, rest, positions] if number == 0 else [full, rest]
 
     def get_seq_length(self) -> int:
         return sum(x.shape[1] for x in (self.key_features, self.key_pending) if x is not None)
@@ -369,17 +399,17 @@ class CSKVLayer(HeldLayer):
             raise ValueError(
                 "features are made of the attention's inputs: use it within `with cache.attached_to(model)`"
             )
-        (hidden, positions), self.seen = self.seen, None
+        hidden, positions = self.seen
         tokens = (key_states.shape[0], key_states.shape[2])
         fits = tuple(hidden.shape[:2]) == tokens
         require(
             fits, "key_states", tokens, f"of the {tuple(hidden.shape[:2])} sequences and tokens of the layer's input"
         )
-        self.is_initialized = True
-        if self.number == 0:
-            new = positions.expand(tokens).to(torch.int32)[..., None]
-            self.positions = joined([self.positions, new])
+        new = positions.expand(tokens).to(torch.int32)[..., None]
         keys, values = self._rebuilt(key_states.dtype)
+        self.seen, self.is_initialized = None, True
+        if self.number == 0:
+            self.positions = joined([self.positions, new])
         factors = self.cache.factors
         self.key_pending = joined([self.key_pending, factors.keys[self.number].compress(hidden)])
         self.value_pending = joined([self.value_pending, factors.values[self.number].compress(hidden)])
@@ -479,6 +509,13 @@ class CSKVCache(HeldCache):
         channels = [factors.keys[0].down.shape[0], factors.values[0].down.shape[0]]
         self.settings = {"window": window, "k_bits": k_bits, "v_bits": v_bits, "channels": channels}
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> "CSKVCache":
+        """A copy of what is held, with the same factors; it is not attached."""
+        copied = type(self).__new__(type(self))
+        memo |= {id(self): copied, id(self.factors): self.factors}
+        copied.__dict__ = copy.deepcopy(self.__dict__ | {"_embedding": None, "_angles": None}, memo)
+        return copied
+
     @contextmanager
     def attached_to(self, model: nn.Module) -> Iterator[None]:
         """Within, the cache is told the inputs of the model's attentions, and rotates keys as the model does.
@@ -504,6 +541,19 @@ class CSKVCache(HeldCache):
                 yield
         finally:
             self._embedding = before
+            for layer in self.layers:
+                layer.seen = None
+
+    def check_state(self, state: Mapping[str, Any]) -> dict[str, int]:
+        sizes = super().check_state(state)
+        names = ("tokens in full windows", "tokens after them", "positions")
+        full, rest, positions = (sizes.get(name, 0) for name in names)
+        windows = sizes.get("windows", full // self.window)
+        got = f"{full} tokens in {windows} full windows"
+        require(full == windows * self.window, "state", got, f"with windows of {self.window} tokens")
+        got = f"{positions} positions"
+        require(positions == full + rest, "state", got, f"with one for each of {full + rest} tokens")
+        return sizes
 
     def angles(self, tokens: int, like: Tensor) -> tuple[Float[Tensor, "b 1 t r"], Float[Tensor, "b 1 t r"]]:
         """Cosines and sines for the first tokens, the same for all layers."""
@@ -551,6 +601,7 @@ def enable_cskv(
     Raises:
         ValueError: an argument lies outside its range, or the model does not fit.
     """
+    _check_window(window)
     cache = CSKVCache(factorize_cskv(model, k_density, v_density, calibration), window)
     with cache.attached_to(model):
         yield cache
@@ -585,6 +636,8 @@ def cskv_cache(
     Raises:
         ValueError: an argument lies outside its range, or the model does not fit.
     """
+    _check_window(window, k_bits, v_bits)
+    require(whole(steps, 0), "steps", steps, "a whole number of at least 0")
     factors = factorize_cskv(model, k_density, v_density, calibration)
     if steps:
         train_cskv(factors, model, calibration, lr=lr, steps=steps, k_bits=k_bits, v_bits=v_bits, window=window)

@@ -20,9 +20,15 @@ from fairtrial.methods.arguments import require
 
 VERSION = 1
 
+Shape = tuple[int | str, ...]
+
 
 class HeldLayer(CacheLayerMixin):
     """A layer of a cache that holds tensors by name, with the batch as their first dimension.
+
+    Args:
+        heads: of the keys and values that it is handed.
+        width: channels of a head.
 
     Attributes:
         parts: the names of attributes that are a tensor, or None where there is none yet.
@@ -32,9 +38,17 @@ class HeldLayer(CacheLayerMixin):
     is_sliding = False
     supports_early_init = False
 
-    def __init__(self) -> None:
+    def __init__(self, heads: int, width: int) -> None:
         super().__init__()
+        self.heads, self.width = heads, width
         self.reset()
+
+    def shapes(self, number: int) -> list[dict[str, Shape]]:
+        """What the layer of a number may hold: in groups, of which there are all tensors or none, and their shapes.
+
+        A size is a number, or has a name; sizes of one name are the same in all layers of a cache.
+        """
+        raise NotImplementedError
 
     def held(self) -> dict[str, Tensor]:
         """The tensors that there are."""
@@ -93,15 +107,73 @@ class HeldCache(Cache):
         """Take over what a cache made alike has saved.
 
         Raises:
-            ValueError: it is another cache's, of another version, or one's with other settings; nothing is changed.
+            ValueError: it is another cache's, of another version, one's with other settings, or tensors are missing or
+                have other shapes; nothing is changed.
         """
-        kind, version, count = state.get("cache"), state.get("version"), len(state.get("layers", ()))
-        require(kind == type(self).__name__, "state", kind, f"what a {type(self).__name__} has saved")
-        require(version == VERSION, "state", f"version {version}", f"of version {VERSION}")
-        require(state["settings"] == self.settings, "state", state["settings"], f"of a cache with {self.settings}")
-        require(count == len(self.layers), "state", f"{count} layers", f"of {len(self.layers)} layers")
+        self.check_state(state)
         for layer, tensors in zip(self.layers, state["layers"], strict=True):
             layer.hold(tensors)
+
+    def check_state(self, state: Mapping[str, Any]) -> dict[str, int]:
+        """Refuse what a cache made alike cannot have saved; returns the sizes that have names."""
+        kind, version, name = state.get("cache"), state.get("version"), type(self).__name__
+        require(kind == name, "state", kind, f"what a {name} has saved")
+        require(version == VERSION, "state", f"version {version}", f"of version {VERSION}")
+        for key in ("settings", "layers"):
+            require(key in state, "state", sorted(state), f"what a {name} has saved, with {key}")
+        settings, layers = state["settings"], state["layers"]
+        require(settings == self.settings, "state", settings, f"of a cache with {self.settings}")
+        require(isinstance(layers, list), "layers of the state", type(layers).__name__, "a list")
+        require(len(layers) == len(self.layers), "state", f"{len(layers)} layers", f"of {len(self.layers)} layers")
+        sizes: dict[str, int] = {}
+        found = [
+            _check_held(f"layer {i} of the state", tensors, layer.shapes(i), sizes)
+            for i, (layer, tensors) in enumerate(zip(self.layers, layers, strict=True))
+        ]
+        for i, there in enumerate(found):
+            alike = there == found[0][: len(there)]
+            names = sorted(layers[i])
+            require(alike, f"layer {i} of the state", names, f"with what goes with layer 0's {sorted(layers[0])}")
+        return sizes
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """As that of `transformers.Cache`.
+
+        Raises:
+            ValueError: keys and values are for another model, or of other sequences than those held; nothing is
+                changed.
+        """
+        layer = self.layers[layer_idx]
+        held = (tensor for each in (layer, *self.layers) for tensor in each.held().values())
+        batch = next((len(tensor) for tensor in held), len(key_states))
+        wanted = (batch, layer.heads, key_states.shape[2], layer.width)
+        for name, states in (("key_states", key_states), ("value_states", value_states)):
+            shape = tuple(states.shape)
+            require(shape == wanted, name, shape, f"{wanted}: sequences, heads, tokens, channels")
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+
+def _check_held(name: str, tensors: Any, groups: list[dict[str, Shape]], sizes: dict[str, int]) -> list[bool]:
+    """Refuse tensors that do not have the shapes; notes their sizes, and returns which of the groups there are."""
+    by_name = isinstance(tensors, Mapping) and all(isinstance(tensor, Tensor) for tensor in tensors.values())
+    require(by_name, name, type(tensors).__name__, "tensors by name")
+    shapes = {part: shape for group in groups for part, shape in group.items()}
+    unknown = [part for part in tensors if part not in shapes]
+    require(not unknown, name, f"with {unknown}", f"of {list(shapes)}")
+    for group in groups:
+        missing = [part for part in group if part not in tensors]
+        require(len(missing) in (0, len(group)), name, f"without {missing}", f"with all of {list(group)} or none")
+    for part, tensor in tensors.items():
+        shape = tuple(tensor.shape)
+        wanted = tuple(sizes.get(size, size) if isinstance(size, str) else size for size in shapes[part])
+        fits = len(shape) == len(wanted) and all(
+            size == want if isinstance(want, int) else size >= 1 for size, want in zip(shape, wanted, strict=True)
+        )
+        require(fits, f"{part} in {name}", shape, f"of shape ({', '.join(map(str, wanted))})")
+        sizes |= {key: size for key, size in zip(shapes[part], shape, strict=True) if isinstance(key, str)}
+    return [next(iter(group)) in tensors for group in groups]
 
 
 def shape_of(config: Any) -> tuple[int, int, int]:
@@ -116,6 +188,13 @@ def shape_of(config: Any) -> tuple[int, int, int]:
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return config.num_hidden_layers, heads, width
+
+
+def whole(value: object, least: int | None = None, most: int | None = None) -> bool:
+    """Whether it is a whole number within bounds; True and False are none."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        return False
+    return (least is None or value >= least) and (most is None or value <= most)
 
 
 def joined(tensors: list[Tensor | None]) -> Tensor:
@@ -134,5 +213,6 @@ def last_removed(tensor: Tensor | None, tokens: int) -> Tensor | None:
 
 def check_crop(tokens_to_remove: int, length: int) -> int:
     """How many tokens `crop` is to remove: it takes a number that is not above 0."""
-    require(-length <= tokens_to_remove <= 0, "tokens_to_remove", tokens_to_remove, f"from -{length} to 0")
+    fits = whole(tokens_to_remove, -length, 0)
+    require(fits, "tokens_to_remove", tokens_to_remove, f"a whole number from {-length} to 0")
     return -tokens_to_remove

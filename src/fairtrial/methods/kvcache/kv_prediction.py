@@ -20,6 +20,7 @@ auxiliary loss has weight 0 by default and 1 in all of their configurations; her
 
 import copy
 import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -37,6 +38,7 @@ try:
 except ImportError as error:
     raise ImportError("key-value prediction needs an extra: pip install 'fairtrial[llm]'") from error
 
+from fairtrial.methods.kvcache.held import whole
 from fairtrial.methods.kvcache.rotary import turned
 from fairtrial.methods.kvcache.rotated_keys import check_rotated_keys
 
@@ -47,7 +49,8 @@ def default_layer_map(n_base: int, n_aux: int) -> list[int]:
     Raises:
         ValueError: there are more auxiliary layers than base layers, or none.
     """
-    require(1 <= n_aux <= n_base, "n_aux", n_aux, f"from 1 to {n_base}, the layers of the base")
+    require(whole(n_base, 1), "n_base", n_base, "a whole number of at least 1")
+    require(whole(n_aux, 1, n_base), "n_aux", n_aux, f"a whole number from 1 to {n_base}, the layers of the base")
     share, more = divmod(n_base, n_aux)
     return [layer for layer in range(n_aux) for _ in range(share + (layer < more))]
 
@@ -63,9 +66,9 @@ def pruned_layer_map(n_base: int, keep: Sequence[int]) -> list[int]:
 
 
 def check_kept(n_layers: int, keep: Sequence[int]) -> None:
-    rising = len(keep) > 0 and all(a < b for a, b in itertools.pairwise(keep))
+    rising = len(keep) > 0 and all(map(whole, keep)) and all(a < b for a, b in itertools.pairwise(keep))
     fits = rising and keep[0] == 0 and keep[-1] < n_layers
-    require(fits, "keep", list(keep), f"rising from 0, below {n_layers} layers")
+    require(fits, "keep", list(keep), f"whole numbers rising from 0, below {n_layers} layers")
 
 
 def layer_pruned_copy(model: Any, keep: Sequence[int]) -> Any:
@@ -106,9 +109,13 @@ class KVPredictor(nn.Module):
         super().__init__()
         n_base, n_aux = len(base_dims), len(aux_dims)
         require(len(layer_map) == n_base, "layer_map", list(layer_map), f"of {n_base} layers of the base")
-        fits = all(0 <= layer < n_aux for layer in layer_map)
+        fits = all(whole(layer, 0, n_aux - 1) for layer in layer_map)
         require(fits, "layer_map", list(layer_map), f"layers from 0 to {n_aux - 1}")
-        fits = len(base_heads) == n_base and all(d % h == 0 for d, h in zip(base_dims, base_heads, strict=True))
+        for name, dims in (("aux_dims", aux_dims), ("base_dims", base_dims)):
+            require(all(whole(d, 1) for d in dims), name, list(dims), "whole numbers of at least 1")
+        fits = len(base_heads) == n_base and all(
+            whole(h, 1) and d % h == 0 for d, h in zip(base_dims, base_heads, strict=True)
+        )
         require(fits, "base_heads", list(base_heads), f"divisors of {list(base_dims)}")
         self.layer_map, self.base_heads = list(layer_map), list(base_heads)
         sizes = [(aux_dims[layer], d) for layer, d in zip(layer_map, base_dims, strict=True)]
@@ -232,8 +239,8 @@ class KVPredictionModel(nn.Module):
         super().__init__()
         sizes = base.config.vocab_size, auxiliary.config.vocab_size
         require(sizes[0] == sizes[1], "auxiliary", f"of {sizes[1]} tokens", f"of the base's {sizes[0]} tokens")
-        require(kv_weight >= 0, "kv_weight", kv_weight, "at least 0")
-        require(z_weight >= 0, "z_weight", z_weight, "at least 0")
+        for name, weight in (("kv_weight", kv_weight), ("z_weight", z_weight)):
+            require(0 <= weight < math.inf, name, weight, "finite and at least 0")
         base_dims, aux_dims = widths(base), widths(auxiliary)
         if predictor is None:
             layer_map = default_layer_map(len(base_dims), len(aux_dims))
@@ -440,7 +447,7 @@ def ttft_flops(
         auxiliary: model, if there is one.
         map_sizes: channels of an auxiliary layer and of the base layer for each base layer.
     """
-    require(tokens >= 1, "tokens", tokens, "at least 1")
+    require(whole(tokens, 1), "tokens", tokens, "a whole number of at least 1")
 
     def reading(model: BlockSizes) -> int:
         return 2 * tokens * model.parameters + 4 * tokens**2 * sum(model.attention_widths)

@@ -29,7 +29,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from fairtrial.methods.arguments import require
 from fairtrial.methods.kvcache.attention import AttendingCache
-from fairtrial.methods.kvcache.held import HeldLayer, check_crop, joined, last_removed, shape_of
+from fairtrial.methods.kvcache.held import HeldLayer, Shape, check_crop, joined, last_removed, shape_of, whole
 from fairtrial.methods.registry import method
 
 HALVINGS = 64
@@ -63,12 +63,14 @@ def prefix_budgets(
     """
     layers, tokens = importance.shape
     require((keep_ratio is None) != (target is None), "keep_ratio, target", (keep_ratio, target), "one of the two")
-    require(tokens > protect >= 0, "importance", f"of {tokens} tokens", f"of more than protect = {protect} tokens")
-    require(tol >= 1, "tol", tol, "at least 1")
+    require(whole(protect, 0), "protect", protect, "a whole number of at least 0")
+    require(tokens > protect, "importance", f"of {tokens} tokens", f"of more than protect = {protect} tokens")
+    require(whole(tol, 1), "tol", tol, "a whole number of at least 1")
     if keep_ratio is not None:
         require_kept(keep_ratio)
+    most = layers * tokens - 1
+    require(target is None or whole(target, 0, most), "target", target, f"a whole number from 0 to {most}")
     wanted = (1 - keep_ratio) * layers * tokens if keep_ratio is not None else target or 0
-    require(0 <= wanted < layers * tokens, "target", target, f"from 0 to {layers * tokens - 1}")
     ranked = importance.double().sort(descending=True).values
     total = ranked.sum(-1, keepdim=True)
     fits = bool(((ranked >= 0).all() & (total > 0).all() & total.isfinite().all()).item())
@@ -126,10 +128,9 @@ def select_prefix(
     """
     tokens = importance.shape[-1]
     most = tokens - start - protect_last
-    require(
-        min(start, protect_last, most) >= 0, "start, protect_last", (start, protect_last), f"within {tokens} tokens"
-    )
-    require(0 <= forget <= most, "forget", forget, f"from 0 to {most}")
+    fits = whole(start, 0) and whole(protect_last, 0) and most >= 0
+    require(fits, "start, protect_last", (start, protect_last), f"whole numbers within {tokens} tokens")
+    require(whole(forget, 0, most), "forget", forget, f"a whole number from 0 to {most}")
     rows = importance.shape[:-1]
     kept = prefix_mask(importance, torch.full(rows, forget, device=importance.device), start, protect_last)
     return kept.nonzero()[:, -1].reshape(*rows, tokens - forget)
@@ -183,6 +184,14 @@ class PrefixKVLayer(HeldLayer):
     ratios: Tensor | None
     place: Tensor | None
 
+    def shapes(self, number: int) -> list[dict[str, Shape]]:
+        tokens, noted = f"tokens of layer {number}", ("padding", "ratios", "place")
+        kept: Shape = ("sequences", self.heads, tokens, self.width)
+        return [
+            {"keys": kept, "values": kept, "positions": ("sequences", tokens)},
+            dict.fromkeys(noted, ("sequences",)),
+        ]
+
     def hold(self, tensors: Any) -> None:
         super().hold(tensors)
         self.seen = 0 if self.positions is None else int(self.positions.max()) + 1  # the last token is always kept
@@ -190,7 +199,11 @@ class PrefixKVLayer(HeldLayer):
 
     @property
     def is_croppable(self) -> bool:  # type: ignore[override]
-        return self.keys is None or self.keys.shape[-2] == self.seen
+        """Whether no sequence has dropped a token that is not padding."""
+        if self.positions is None:
+            return True
+        padding = 0 if self.padding is None else self.padding
+        return bool(((self.positions >= 0).sum(-1) + padding == self.seen).all())
 
     def get_seq_length(self) -> int:
         return self.seen
@@ -306,13 +319,13 @@ class PrefixKVCache(AttendingCache):
     ) -> None:
         n_layers, heads, width = shape_of(config)
         require_kept(keep_ratio)
-        require(isinstance(start_size, int) and start_size >= 0, "start_size", start_size, "at least 0")
-        require(isinstance(distance, int) and distance < 0, "distance", distance, "below 0")
+        require(whole(start_size, 0), "start_size", start_size, "a whole number of at least 0")
+        require(whole(distance, most=-1), "distance", distance, "a whole number below 0")
         if ratios is not None:
             ratios = [float(ratio) for ratio in ratios]
             fits = len(ratios) == n_layers and all(0 <= ratio < 1 for ratio in ratios)
             require(fits, "ratios", ratios, f"{n_layers} numbers within [0, 1)")
-        super().__init__([PrefixKVLayer() for _ in range(n_layers)])
+        super().__init__([PrefixKVLayer(heads, width) for _ in range(n_layers)])
         self.keep_ratio, self.ratios, self.start_size, self.distance = keep_ratio, ratios, start_size, distance
         self.settings = {
             "keep_ratio": keep_ratio,
@@ -405,6 +418,7 @@ def calibrate_prefix_ratios(
         ValueError: there are no samples, one is too short, `keep_ratio` is out of range, or the model is or has an
             encoder.
     """
+    require(whole(start_size, 0), "start_size", start_size, "a whole number of at least 0")
     found = []
     for sample in samples:
         tokens = sample.shape[1]

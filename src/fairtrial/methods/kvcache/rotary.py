@@ -14,6 +14,8 @@ from torch import Tensor
 
 from fairtrial.methods.arguments import require
 
+KEPT = 2  # ranges of positions whose cosines are kept: new tokens and all tokens
+
 
 class Rotary:
     """The angles of a model's rotary embeddings.
@@ -43,7 +45,7 @@ class Rotary:
         else:
             frequencies, _ = ROPE_INIT_FUNCTIONS[given["rope_type"]](config, torch.device("cpu"))
         self.frequencies: tuple[float, ...] = tuple(frequencies.tolist())
-        self._known: tuple[Any, Tensor, Tensor] | None = None
+        self._known: dict[Any, tuple[Tensor, Tensor]] = {}
 
     def put_on(self, keys: Float[Tensor, "b h t d"], start: int = 0) -> Float[Tensor, "b h t d"]:
         """Turn the keys of the positions from `start` on."""
@@ -57,16 +59,18 @@ class Rotary:
 
     def forget(self) -> None:
         """Drop the cosines that were needed last; they are kept for the other layers, which need the same."""
-        self._known = None
+        self._known.clear()
 
     def _at(self, start: int, like: Tensor) -> tuple[Float[Tensor, "t r"], Float[Tensor, "t r"]]:
         wanted = (start, like.shape[-2], like.dtype, like.device)
-        if self._known is None or self._known[0] != wanted:
+        if wanted not in self._known:
+            if len(self._known) == KEPT:
+                del self._known[next(iter(self._known))]
             positions = torch.arange(start, start + like.shape[-2], device=like.device, dtype=torch.float32)
             frequencies = torch.tensor(self.frequencies, device=like.device, dtype=torch.float32)
             angles = (positions[:, None] * frequencies).repeat(1, 2)
-            self._known = (wanted, angles.cos().to(like.dtype), angles.sin().to(like.dtype))
-        return self._known[1:]
+            self._known[wanted] = angles.cos().to(like.dtype), angles.sin().to(like.dtype)
+        return self._known[wanted]
 
 
 def turned(

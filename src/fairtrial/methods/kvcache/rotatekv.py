@@ -22,7 +22,7 @@ place of a division by zero.
 
 import hashlib
 from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -30,11 +30,21 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
 
 from fairtrial.methods.arguments import require
-from fairtrial.methods.kvcache.held import HeldCache, HeldLayer, check_crop, joined, last_removed, shape_of
+from fairtrial.methods.kvcache.held import (
+    HeldCache,
+    HeldLayer,
+    Shape,
+    check_crop,
+    joined,
+    last_removed,
+    shape_of,
+    whole,
+)
 from fairtrial.methods.kvcache.rotary import Rotary
+from fairtrial.methods.kvcache.rotated_keys import TOKENS, TOLERANCE, check_rotated_keys
 from fairtrial.methods.kvcache.watched import decoder_layers, watched
 from fairtrial.methods.quantization.hadamard import hadamard_transform
-from fairtrial.methods.quantization.packing import pack, unpack
+from fairtrial.methods.quantization.packing import pack, packed_width, unpack
 from fairtrial.methods.registry import Uniform, method
 
 UNQUANTISED = 16  # bits, with which everything is rotated and nothing is rounded
@@ -53,7 +63,8 @@ def rotate_keys(keys: Float[Tensor, "b h t d"], head_group: int) -> Float[Tensor
 
 
 def check_head_group(head_group: int, heads: int, width: int) -> None:
-    require(head_group >= 1 and heads % head_group == 0, "head_group", head_group, f"a divisor of {heads} heads")
+    divides = whole(head_group, 1) and heads % head_group == 0
+    require(divides, "head_group", head_group, f"a divisor of {heads} heads")
     size = head_group * width
     require(size & (size - 1) == 0, "head_group", head_group, f"such that times {width} channels it is a power of two")
 
@@ -143,10 +154,10 @@ def quantize_per_token(
     Raises:
         ValueError: an argument lies outside its range, or the group size does not divide n.
     """
-    require(1 <= bits <= 8, "bits", bits, "from 1 to 8")
+    require(whole(bits, 1, 8), "bits", bits, "a whole number from 1 to 8")
     require(0 < clip <= 1, "clip", clip, "within (0, 1]")
     n = x.shape[-1]
-    require(group_size >= 1 and n % group_size == 0, "group_size", group_size, f"a divisor of {n} channels")
+    require(whole(group_size, 1) and n % group_size == 0, "group_size", group_size, f"a divisor of {n} channels")
     dtype = held_in or x.dtype
     grouped = x.unflatten(-1, (-1, group_size))
     high, low = grouped.amax(-1, keepdim=True) * clip, grouped.amin(-1, keepdim=True) * clip
@@ -168,7 +179,7 @@ def sink_tokens(hidden: Float[Tensor, "b t d"], k: int = 20) -> Int[Tensor, "b s
     Raises:
         ValueError: k is below 1.
     """
-    require(k >= 1, "k", k, "at least 1")
+    require(whole(k, 1), "k", k, "a whole number of at least 1")
     tokens, width = hidden.shape[1:]
     found = hidden.abs().flatten(1).topk(min(k, tokens * width), -1).indices // width
     chosen = torch.zeros(hidden.shape[:2], dtype=torch.bool, device=hidden.device).scatter_(1, found, True)
@@ -186,7 +197,8 @@ def fuse_rotatekv(model: nn.Module, orders: Int[Tensor, "l n"], head_group: int 
     first token on, and without padding.
 
     Args:
-        model: of transformers, with linear `k_proj`, `v_proj` and `o_proj` in each attention.
+        model: of transformers, with linear `k_proj`, `v_proj` and `o_proj` in each attention; what it caches of keys is
+            the output of `k_proj`, turned by rotary embeddings, and nothing but attention lies between the other two.
         orders: as `calibrate_channel_order` gives them.
         head_group: that they were found with.
 
@@ -203,6 +215,8 @@ def fuse_rotatekv(model: nn.Module, orders: Int[Tensor, "l n"], head_group: int 
         parts = [getattr(attention, name, None) for name in ("k_proj", "v_proj", "o_proj")]
         linear = all(isinstance(part, nn.Linear) for part in parts)
         require(linear, "model", type(attention).__name__, "with linear k_proj, v_proj and o_proj in each attention")
+    check_rotated_keys(model, [attention.k_proj for attention in attentions])
+    _check_plain_values(model, attentions, width)
     for attention, order in zip(attentions, orders, strict=True):
         for tensor in (attention.k_proj.weight, attention.k_proj.bias):  # (n, …) and (n,)
             if tensor is not None:
@@ -215,6 +229,30 @@ def fuse_rotatekv(model: nn.Module, orders: Int[Tensor, "l n"], head_group: int 
     return model
 
 
+def _check_plain_values(model: Any, attentions: Sequence[Any], width: int) -> None:
+    """Have a model read single tokens, which attend to themselves, and refuse it if o_proj is not handed their values.
+
+    Raises:
+        ValueError: values are normalised or clipped, or what attention makes of them is.
+    """
+    made: list[Tensor] = []
+    handed: list[Tensor] = []
+    with ExitStack() as stack:
+        for attention in attentions:
+            see = attention.v_proj.register_forward_hook(lambda module, args, output: made.append(output))
+            stack.callback(see.remove)
+            see = attention.o_proj.register_forward_pre_hook(lambda module, args: handed.append(args[0]))
+            stack.callback(see.remove)
+        model(torch.arange(TOKENS, device=next(model.parameters()).device)[:, None], use_cache=False)
+    for number, (values, found) in enumerate(zip(made, handed, strict=True)):
+        heads = values.unflatten(-1, (-1, width))
+        own = heads.repeat_interleave(found.shape[-1] // values.shape[-1], -2).flatten(-2)
+        off = (own - found).abs().max()
+        fits = not bool(off > values.abs().max() * max(TOLERANCE, 4 * torch.finfo(values.dtype).eps))
+        got = f"{type(model).__name__}, in which o_proj of layer {number} is handed something else"
+        require(fits, "model", got, "one whose o_proj is handed what v_proj gives, weighted by attention")
+
+
 def _rotated_rows(weight: Tensor, size: int) -> Tensor:
     """H W for blocks of `size` rows; H is symmetric."""
     columns = weight.double().movedim(0, -1).unflatten(-1, (-1, size))
@@ -224,6 +262,7 @@ def _rotated_rows(weight: Tensor, size: int) -> Tensor:
 def check_order(order: Tensor, n_layers: int, channels: int) -> None:
     shape = tuple(order.shape)
     require(shape == (n_layers, channels), "order", shape, f"of shape {(n_layers, channels)}: layers, channels")
+    require(order.dtype == torch.long, "order", order.dtype, "of torch.long")
     rising = torch.arange(channels, device=order.device).expand_as(order)
     require(torch.equal(order.sort(-1).values, rising), "order", "rows that are no permutation", "permutations")
 
@@ -244,12 +283,22 @@ class RotateKVLayer(HeldLayer):
 
     def __init__(self, cache: "RotateKVCache", order: Int[Tensor, " n"] | None) -> None:
         self.found_sinks: Tensor | None = None
-        super().__init__()
+        super().__init__(cache.heads, cache.head_width)
         self.cache, self.order = cache, order
 
     def reset(self) -> None:
         super().reset()
         self.found_sinks = None
+
+    def shapes(self, number: int) -> list[dict[str, Shape]]:
+        bits, channels, sinks = self.cache.bits, self.heads * self.width, f"sinks of layer {number}"
+        width = channels if bits == UNQUANTISED else packed_width(channels, bits)
+        coded: dict[str, Shape] = dict.fromkeys(("key_codes", "value_codes"), ("sequences", "tokens", width))
+        if bits != UNQUANTISED:
+            scaled = ("key_scale", "key_offset", "value_scale", "value_offset")
+            coded |= dict.fromkeys(scaled, ("sequences", "tokens", channels // self.cache.group_size))
+        exact: Shape = ("sequences", self.heads, sinks, self.width)
+        return [coded, {"sink_at": ("sequences", sinks), "sink_keys": exact, "sink_values": exact}]
 
     def get_seq_length(self) -> int:
         return 0 if self.key_codes is None else self.key_codes.shape[1]
@@ -328,6 +377,8 @@ class RotateKVLayer(HeldLayer):
     @torch.no_grad()
     def crop(self, tokens_to_remove: int) -> None:
         tokens, length = check_crop(tokens_to_remove, self.get_seq_length()), self.get_seq_length()
+        if not tokens:
+            return
         if tokens == length:
             self.reset()
             return
@@ -389,19 +440,22 @@ class RotateKVCache(HeldCache):
         fused: bool = False,
     ) -> None:
         n_layers, heads, width = shape_of(config)
-        self.rotary, self.head_width, self.bits, self.sinks, self.fused = Rotary(config), width, bits, sinks, fused
+        known = whole(bits, 1) and (bits <= 8 or bits == UNQUANTISED)
+        require(known, "bits", bits, "a whole number from 1 to 8, or 16")
+        self.rotary, self.heads, self.head_width = Rotary(config), heads, width
+        self.bits, self.sinks, self.fused = bits, sinks, fused
         self.group_size = width if group_size is None else group_size
         self.clip = (0.8 if bits <= 2 else 1.0) if clip is None else clip
         self.head_group = usual_head_group(heads) if head_group is None else head_group
         self.sink_indices = None if sink_indices is None else tuple(sink_indices)
-        require(bits in (*range(1, 9), UNQUANTISED), "bits", bits, "from 1 to 8, or 16")
         require(0 < self.clip <= 1, "clip", clip, "within (0, 1]")
         check_head_group(self.head_group, heads, width)
         require(width & (width - 1) == 0, "config", f"heads of {width} channels", "with a power of two of them")
-        divides = self.group_size >= 1 and heads * width % self.group_size == 0
+        divides = whole(self.group_size, 1) and heads * width % self.group_size == 0
         require(divides, "group_size", group_size, f"a divisor of {heads * width} channels")
-        require(sinks >= 0, "sinks", sinks, "at least 0")
-        require(all(place >= 0 for place in self.sink_indices or ()), "sink_indices", sink_indices, "at least 0")
+        require(whole(sinks, 0), "sinks", sinks, "a whole number of at least 0")
+        places = all(whole(place, 0) for place in self.sink_indices or ())
+        require(places, "sink_indices", sink_indices, "whole numbers of at least 0")
         if order is not None:
             check_order(order, n_layers, heads * width)
         super().__init__(layers=[RotateKVLayer(self, None if order is None else order[i]) for i in range(n_layers)])

@@ -27,7 +27,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fairtrial.methods.arguments import require
-from fairtrial.methods.kvcache.held import HeldCache, HeldLayer, check_crop, joined, last_removed, shape_of
+from fairtrial.methods.kvcache.held import (
+    HeldCache,
+    HeldLayer,
+    Shape,
+    check_crop,
+    joined,
+    last_removed,
+    shape_of,
+    whole,
+)
 from fairtrial.methods.kvcache.rotary import Rotary
 from fairtrial.methods.registry import Categorical, method
 
@@ -44,8 +53,10 @@ def group_layers(n_layers: int, group_size: int, start: int = 0, end: int | None
     Raises:
         ValueError: an argument lies outside its range.
     """
-    require(group_size >= 1, "group_size", group_size, "at least 1")
+    require(whole(n_layers, 1), "n_layers", n_layers, "a whole number of at least 1")
+    require(whole(group_size, 1), "group_size", group_size, "a whole number of at least 1")
     end = n_layers if end is None else end
+    require(whole(start) and whole(end), "start, end", (start, end), "whole numbers")
     require(0 <= start < end <= n_layers, "start, end", (start, end), f"rising, within {n_layers} layers")
     return [list(range(first, min(first + group_size, end))) for first in range(start, end, group_size)]
 
@@ -71,7 +82,8 @@ def cross_layer_svd(
     require(len(shapes) == 1, "layers", sorted(shapes), "of one shape: as many heads, channels and tokens in each")
     x = torch.cat([side_by_side(layer) for layer in layers], -1).double()
     tokens, width = x.shape[1:]
-    require(1 <= rank <= min(tokens, width), "rank", rank, f"from 1 to {min(tokens, width)}")
+    most = min(tokens, width)
+    require(whole(rank, 1, most), "rank", rank, f"a whole number from 1 to {most}")
     if width <= tokens:
         basis = torch.linalg.eigh(x.mT @ x).eigenvectors[..., -rank:].flip(-1).mT
         coefficients = x @ basis.mT
@@ -108,14 +120,19 @@ def subspace_overlap(x: Float[Tensor, "b h t d"], y: Float[Tensor, "b h t d"], r
         ValueError: the rank is out of range.
     """
     most = min(x.shape[2], x.shape[1] * x.shape[3])
-    require(1 <= rank <= most, "rank", rank, f"from 1 to {most}")
+    require(whole(rank, 1, most), "rank", rank, f"a whole number from 1 to {most}")
     left, right = (torch.linalg.svd(side_by_side(z), full_matrices=False).U[..., :rank] for z in (x, y))
     overlap: Tensor = (left.mT @ right).square().sum((-2, -1)) / rank
     return overlap
 
 
 def slerp(x: Float[Tensor, "*b d"], y: Float[Tensor, "*b d"], t: float = 0.5) -> Float[Tensor, "*b d"]:
-    """The direction at the share t of the way from x's to y's along the great circle, of length 1."""
+    """The direction at the share t of the way from x's to y's along the great circle, of length 1.
+
+    Raises:
+        ValueError: t is not within [0, 1].
+    """
+    require(0 <= t <= 1, "t", t, "within [0, 1]")
     x, y = F.normalize(x, dim=-1), F.normalize(y, dim=-1)
     angle = angle_between(x, y)[..., None]
     mixed = torch.where(angle.sin() > 1e-6, ((1 - t) * angle).sin() * x + (t * angle).sin() * y, (1 - t) * x + t * y)
@@ -167,10 +184,26 @@ class XKVLayer(HeldLayer):
     key_basis: Tensor | None
     value_basis: Tensor | None
 
-    def __init__(self, group: list["XKVLayer"], rotary: Rotary, rank_k: int, rank_v: int) -> None:
-        super().__init__()
+    def __init__(
+        self, group: list["XKVLayer"], rotary: Rotary, rank_k: int, rank_v: int, heads: int, width: int
+    ) -> None:
+        super().__init__(heads, width)
         self.group, self.rotary, self.rank_k, self.rank_v = group, rotary, rank_k, rank_v
         group.append(self)
+
+    def shapes(self, number: int) -> list[dict[str, Shape]]:
+        place = next(i for i, layer in enumerate(self.group) if layer is self)
+        ranks = [f"rank_{which} from layer {number - place} on" for which in "kv"]
+        bases: dict[str, Shape] = {
+            f"{name}_basis": ("sequences", rank, self.heads * self.width)
+            for name, rank in zip(("key", "value"), ranks, strict=True)
+        }
+        coefficients: dict[str, Shape] = {
+            f"{name}_coefficients": ("sequences", "tokens of the prompt", rank)
+            for name, rank in zip(("key", "value"), ranks, strict=True)
+        }
+        later: Shape = ("sequences", self.heads, "later tokens", self.width)
+        return [bases | (coefficients if place == 0 else {}), {"keys": later, "values": later}]
 
     def get_seq_length(self) -> int:
         coefficients = self.group[0].key_coefficients if self.key_basis is not None else None
@@ -253,13 +286,14 @@ class XKVCache(HeldCache):
         rotary, width = Rotary(config), heads * head_width
         groups = group_layers(n_layers, group_size)
         for name, rank in (("rank_k", rank_k), ("rank_v", rank_v)):
-            require(rank is None or 1 <= rank <= group_size * width, name, rank, f"from 1 to {group_size * width}")
+            most = group_size * width
+            require(rank is None or whole(rank, 1, most), name, rank, f"a whole number from 1 to {most}")
         layers: list[Any] = []
         for numbers in groups:
             group: list[XKVLayer] = []
             share = len(numbers) * width
             ranks = rank_k or max(1, share // 8), rank_v or max(1, 3 * share // 16)
-            layers += [XKVLayer(group, rotary, *ranks) for _ in numbers]
+            layers += [XKVLayer(group, rotary, *ranks, heads, head_width) for _ in numbers]
         super().__init__(layers=layers)
         self._rotary = rotary
         self.settings = {"group_size": group_size, "rank_k": rank_k, "rank_v": rank_v, "channels": width}
