@@ -103,7 +103,7 @@ def test_a_continuation_takes_embeddings_for_tokens(small_gpt):
     torch.testing.assert_close(by_token.logits[:1], alone, rtol=1e-4, atol=1e-4)
 
 
-def test_misuse_is_refused(small_gpt):
+def test_misuse_is_refused(small_gpt, monkeypatch):
     model, tokenizer = small_gpt
     ids, mask = prompts(tokenizer)
     with pytest.raises(ValueError, match="max_new_tokens must be at least 1"):
@@ -112,6 +112,9 @@ def test_misuse_is_refused(small_gpt):
         sample(model, ids, mask, max_new_tokens=1, temperature=float("nan"))
     with pytest.raises(ValueError, match="attention_mask must be 1 at the end"):
         sample(model, ids, mask.flip(1), max_new_tokens=1)
+    monkeypatch.setattr("jaxtyping.config.jaxtyping_disable", True)
+    with pytest.raises(ValueError, match="attention_mask must be of the shape of input_ids"):
+        sample(model, ids, mask[:, 1:], max_new_tokens=1)
     with pytest.raises(ValueError, match="input_ids must be of at least one token"):
         sample(model, ids[:, :0], max_new_tokens=1)
 

@@ -52,7 +52,7 @@ class Continuation:
 
     Raises:
         ValueError: the model is no causal language model of `transformers` or an encoder and decoder, there is no
-            prompt, or it is padded on the right.
+            prompt, the mask is of another shape, or prompts are padded on the right.
     """
 
     logits: Float[Tensor, "b v"]
@@ -63,6 +63,8 @@ class Continuation:
             raise ValueError("model must be a decoder alone, got an encoder and decoder")
         require(input_ids.numel() > 0, "input_ids", tuple(input_ids.shape), "of at least one token")
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        fits = mask.shape == input_ids.shape
+        require(fits, "attention_mask", tuple(mask.shape), f"of the shape of input_ids, {tuple(input_ids.shape)}")
         require(bool(mask[:, -1].all()), "attention_mask", mask[:, -1].tolist(), "1 at the end (pad on the left)")
         self.model, self.attention_mask = model, mask
         self.cache: Any = None
