@@ -363,5 +363,6 @@ def test_damaged_files_are_refused(tmp_path, damage):
 
 
 def test_a_model_that_gives_no_numbers_is_refused():
-    with pytest.raises(ValueError, match="scores that are not numbers"):
-        superposed_generate(Scripted({0: math.nan}), torch.tensor([[1, 2]]), max_new_tokens=2)
+    for wrong in (math.nan, math.inf):
+        with pytest.raises(ValueError, match="scores that are not numbers"):
+            superposed_generate(Scripted({0: wrong}), torch.tensor([[1, 2]]), max_new_tokens=2)

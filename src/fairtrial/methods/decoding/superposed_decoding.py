@@ -274,7 +274,7 @@ def superposed_generate(
             embeddings = model.get_input_embeddings()(live.sequences[..., -1])
             weights = _weights(live.scores).to(embeddings.dtype)
             continuation.extend(inputs_embeds=(weights[:, None] @ embeddings))
-        if continuation.logits.isnan().any():
+        if bool((continuation.logits.isnan() | continuation.logits.isposinf()).any()):
             raise ValueError("the model gives scores that are not numbers")
         log_p, tokens = tempered(continuation.logits, temperature).topk(n_candidates)
         log_p = log_p.log_softmax(-1)
