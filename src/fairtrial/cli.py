@@ -200,8 +200,7 @@ def models(
     from fairtrial.tasks import models as known
 
     for name in names or ():
-        if name not in known.SOURCES:
-            raise BadInput(f"no model {name!r}; there is: {', '.join(known.SOURCES)}")
+        known.require_known(name)
     for name in known.SOURCES if everything else names or ():
         with redirect_stdout(sys.stderr), _status(name) as report:
             known.make(name, report)

@@ -1,5 +1,6 @@
 """Tasks of trained models to be quantised, and of decoders."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 
 from fairtrial.contract import Choice
 from fairtrial.tasks import load
-from fairtrial.tasks.generation import BEGINNING, NEW, PARAGRAPHS, distinct, generation, lengths
+from fairtrial.tasks.generation import BEGINNING, NEW, PARAGRAPHS, distinct, generation, lengths, top_k, top_p
 from fairtrial.tasks.models import Loaded
 from fairtrial.tasks.streams import Streams
 from fairtrial.tasks.trained import TrainedTask, Trial
@@ -89,6 +90,14 @@ def test_what_follows_the_end_of_a_text_is_not_judged(smollm2: Loaded) -> None:
             return generation(Trial(each, setting, {"decoder": decoder}, passages, Streams(0)))[1]
 
     assert ending(0) == ending(5)
+
+
+def test_numbers_that_transformers_lets_pass_are_refused() -> None:
+    with pytest.raises(ValueError, match="p must be within"):
+        top_p(math.nan)
+    for wrong in (True, 2.5, 0):
+        with pytest.raises(ValueError, match="k must be"):
+            top_k(wrong)  # type: ignore[arg-type]
 
 
 def test_training_with_few_bits_has_a_baseline() -> None:

@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fairtrial.contract import Choice, Costs, Diverged, Metric, Slot
-from fairtrial.methods.decoding.sampling import end_tokens
+from fairtrial.methods.arguments import require
+from fairtrial.methods.decoding.sampling import end_tokens, require_whole
 from fairtrial.methods.registry import Integer, Method, Uniform
 from fairtrial.tasks import documentation
 from fairtrial.tasks.models import transformers
@@ -84,11 +85,13 @@ def all_tokens() -> Any:
 
 def top_p(p: float = 0.9) -> Any:
     """Nucleus sampling: the most likely tokens that together have probability p."""
+    require(0 <= p <= 1, "p", p, "within [0, 1]")  # of which transformers lets NaN pass
     return transformers().TopPLogitsWarper(p)
 
 
 def top_k(k: int = 50) -> Any:
     """The k most likely tokens."""
+    require_whole("k", k)
     return transformers().TopKLogitsWarper(k)
 
 

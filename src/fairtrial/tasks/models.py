@@ -6,16 +6,19 @@ FAIRTRIAL_MODELS names). A model is there with all its files or not at all. Need
 
 import hashlib
 import importlib
+import json
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from textwrap import shorten
 from typing import Any, NamedTuple
 
 import torch
@@ -115,6 +118,16 @@ def _wheel(requirement: str, folder: Path, report: Callable[[str], None]) -> Pat
 # Where they are ----------------------------------------------------------------------------------------------------
 
 
+def require_known(name: str) -> None:
+    """Refuse a name that stands for no model.
+
+    Raises:
+        BadInput: there is no such name.
+    """
+    if name not in SOURCES:
+        raise BadInput(f"no model {name!r}; there is: {', '.join(SOURCES)}")
+
+
 def folder_of(name: str) -> Path:
     """Where a named model is, or would be."""
     root = os.environ.get("FAIRTRIAL_MODELS")
@@ -135,8 +148,7 @@ def make(name: str, report: Callable[[str], None] = lambda what: None) -> Path:
     Raises:
         BadInput: there is no such name, or it cannot be got.
     """
-    if name not in SOURCES:
-        raise BadInput(f"no model {name!r}; there is: {', '.join(SOURCES)}")
+    require_known(name)
     folder = folder_of(name)
     if is_there(name):
         return folder
@@ -177,28 +189,26 @@ def load(reference: str, *, dtype: torch.dtype = torch.float32) -> Loaded:
         dtype: what the weights are held in.
 
     Raises:
-        BadInput: the extra is missing, a named model has not been made, or there is nothing by that name.
+        BadInput: the extra is missing, a named model has not been made, there is nothing by that name, files of it are
+            damaged or missing, or its weights are not those that its configuration asks for.
     """
     library = transformers()
     if reference in SOURCES:
         return _from_folder(str(_found(reference)), dtype, encoder=SOURCES[reference].encoder)
     path = Path(reference).expanduser()
-    if path.suffix == ".gguf":
+    if path.suffix.lower() == ".gguf":
         if not path.is_file():
             raise BadInput(f"there is no file {reference}")
         return _from_gguf(path, dtype)
     if path.is_dir() and not (path / "config.json").is_file():
         raise BadInput(f"the folder {reference} holds no model: it has no config.json")
-    try:
-        architectures = library.AutoConfig.from_pretrained(str(path) if path.is_dir() else reference).architectures
-        return _from_folder(
-            str(path) if path.is_dir() else reference,
-            dtype,
-            encoder=not any("ForCausalLM" in name or "LMHead" in name for name in architectures or ()),
-        )
-    except OSError as error:
-        reason = str(error).strip().splitlines()[0]
-        raise BadInput(f"no model {reference!r}: no name ({', '.join(SOURCES)}), no folder, and {reason}") from None
+    place = str(path) if path.is_dir() else reference
+    known = f"the model {place}" if path.is_dir() else f"{place!r}, no name ({', '.join(SOURCES)}) and no folder,"
+    with _reading(known):
+        architectures = library.AutoConfig.from_pretrained(place).architectures or ()
+    return _from_folder(
+        place, dtype, encoder=not any("ForCausalLM" in name or "LMHead" in name for name in architectures)
+    )
 
 
 def _found(name: str) -> Path:
@@ -207,21 +217,82 @@ def _found(name: str) -> Path:
     return folder_of(name)
 
 
+OBJECTS = ("config.json", "generation_config.json", "tokenizer_config.json", "tokenizer.json")  # files of JSON
+
+
+@contextmanager
+def _reading(what: str) -> Iterator[None]:
+    """Give whatever goes wrong with a model's files in one line: the libraries raise a dozen kinds of errors."""
+    try:
+        yield
+    except BadInput:
+        raise
+    except Exception as error:
+        said = shorten(str(error), 200, placeholder=" …").rstrip(" :.") or type(error).__name__
+        if isinstance(error, ImportError):
+            said = f"it needs an extra: pip install 'fairtrial[llm]' ({said})"
+        raise BadInput(f"{what} cannot be loaded: {said}") from error
+
+
 def _from_folder(place: str, dtype: torch.dtype, *, encoder: bool) -> Loaded:
     library = transformers()
+    for path in sorted(Path(place).glob("*")):
+        _check(path)
     kind = library.AutoModel if encoder else library.AutoModelForCausalLM
-    model = kind.from_pretrained(place, dtype=dtype)
-    return Loaded(model.eval(), library.AutoTokenizer.from_pretrained(place))
+    with _reading(f"the model {place}"):
+        model, report = kind.from_pretrained(place, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True)
+    _require_whole(model, report, place, encoder=encoder)
+    with _reading(f"the tokenizer of {place}"):
+        tokenizer = library.AutoTokenizer.from_pretrained(place)
+        if tokenizer.vocab_size <= len(tokenizer.all_special_ids):
+            raise BadInput(f"the tokenizer of {place} has no vocabulary: its files are missing")
+    return Loaded(model.eval(), tokenizer)
+
+
+def _check(path: Path) -> None:
+    """Refuse a damaged file, which transformers does not name, or as a generation_config.json passes over."""
+    from safetensors import safe_open
+
+    with _reading(f"the file {path}"):
+        if path.suffix == ".safetensors":
+            with safe_open(path, "pt"):
+                pass
+        elif path.name in OBJECTS or path.name.endswith(".index.json"):
+            content = json.loads(path.read_bytes())
+            if not isinstance(content, dict):
+                raise ValueError(f"it holds no object of JSON but {content!r:.60}")
+
+
+def _require_whole(model: Any, report: Mapping[str, Any], place: str, *, encoder: bool) -> None:
+    """Refuse weights that would be random numbers, and weights that would be left out.
+
+    An encoder may lie in files of one with a head on top, and they may lack its pooler, which is left off then.
+    """
+    missing, surplus = set(report["missing_keys"]), set(report["unexpected_keys"])
+    if encoder:
+        prefix, parts = f"{model.base_model_prefix}.", {name for name, part in model.named_children()}
+        surplus = {name for name in surplus if name.removeprefix(prefix).split(".")[0] in parts}
+        if any(name.startswith("pooler.") for name in missing):
+            model.pooler, missing = None, {name for name in missing if not name.startswith("pooler.")}
+    for names, said in (
+        (missing, "lacks weights"),
+        (surplus, "has weights that its configuration has no place for"),
+        ({name for name, *shapes in report["mismatched_keys"]}, "has weights of other shapes than its configuration"),
+    ):
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            raise BadInput(f"the model {place} {said}: {min(names)}{more}")
 
 
 def _from_gguf(path: Path, dtype: torch.dtype) -> Loaded:
     library = transformers()
     place = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
-    try:
-        model = library.AutoModelForCausalLM.from_pretrained(**place, dtype=dtype)
+    with _reading(f"the file {path}"):
+        model, report = library.AutoModelForCausalLM.from_pretrained(
+            **place, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
+        )
         tokenizer = library.AutoTokenizer.from_pretrained(**place)
-    except ImportError as error:
-        raise BadInput(f"GGUF files need an extra: pip install 'fairtrial[llm]' ({error})") from None
+    _require_whole(model, report, str(path), encoder=False)
     # Its weights are plain tensors now: as one that is quantised it could neither be saved nor changed.
     config = model.config
     del config.quantization_config

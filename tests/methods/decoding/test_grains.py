@@ -205,7 +205,15 @@ def test_the_hook_steers_every_token_and_is_gone_afterwards(padded):
 def test_misuse_is_refused_with_the_argument_named(padded, monkeypatch):
     monkeypatch.setattr("jaxtyping.config.jaxtyping_disable", True)
     model, tokenizer = padded
-    for wrong in ({"k": 0}, {"k": 500}, {"mode": "neg"}, {"method": "median"}, {"layers": [4]}, {"steps": 0}):
+    wrong_options = (
+        *({"k": k} for k in (0, 500, 2.5, True)),
+        *({"layers": layers} for layers in ([4], [0.5], [True])),
+        *({"steps": steps} for steps in (0, 2.5)),
+        {"steps": 2.5, "attribution": "gradient"},
+        {"mode": "neg"},
+        {"method": "median"},
+    )
+    for wrong in wrong_options:
         with pytest.raises(ValueError, match=f"^{next(iter(wrong))} must be"):
             fit_steering_vectors(model, tokenizer, TRIPLES[:1], **{"k": 2, "steps": 1, **wrong})
     with pytest.raises(ValueError, match="triples must be at least one"):
@@ -216,8 +224,13 @@ def test_misuse_is_refused_with_the_argument_named(padded, monkeypatch):
         token_attributions(model, tokenizer, "", "a", "b")
     with pytest.raises(ValueError, match="strength must be finite"):
         SteeringHook(model, {}, math.nan)
-    with pytest.raises(ValueError, match="vectors must be of layers 0 to 3"):
-        SteeringHook(model, {7: torch.ones(128)}, 1.0)
+    for layer in (7, 0.5, "first"):
+        with pytest.raises(ValueError, match="vectors must be of layers 0 to 3"):
+            SteeringHook(model, {layer: torch.ones(128)}, 1.0)
+    with pytest.raises(ValueError, match="changes must be finite"):
+        steering_vector(torch.tensor([[1.0, math.nan], [2.0, 3.0]]))
+    with pytest.raises(ValueError, match="model must be a model of transformers, got 'Linear'"):
+        decoder_layers(torch.nn.Linear(2, 2))
     training = copy.deepcopy(model).train()
     with pytest.raises(ValueError, match="model must be in evaluation mode"):
         fit_steering_vectors(training, tokenizer, TRIPLES, k=2)

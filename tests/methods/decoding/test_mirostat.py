@@ -1,5 +1,6 @@
 """Mirostat: fits and counts whose value is known, and a mean surprise that follows its target."""
 
+import copy
 import math
 
 import pytest
@@ -66,6 +67,7 @@ def test_how_many_tokens_in_the_limits():
     assert k[3].item() == pytest.approx((-0.5 * 512 / (1 - N**0.5)) ** 2)
     assert k[4:6].tolist() == pytest.approx([N, N])
     assert k[6] < 0.5
+    assert mirostat_k(torch.tensor(math.inf), torch.tensor(5.0), N).item() == 1
 
 
 @pytest.mark.parametrize(
@@ -224,7 +226,17 @@ def test_the_processor_goes_with_others_in_generate(small_gpt):
 
 @pytest.mark.parametrize(
     "arguments",
-    [{"tau": 0.0}, {"tau": math.nan}, {"eta": -1.0}, {"eta": math.nan}, {"m": 0}, {"version": 3}],
+    [
+        {"tau": 0.0},
+        {"tau": math.nan},
+        {"eta": -1.0},
+        {"eta": math.nan},
+        {"m": 0},
+        {"m": 2.5},
+        {"m": True},
+        {"version": 3},
+        {"version": 1.0},
+    ],
 )
 def test_misuse_is_refused_with_the_argument_named(arguments, monkeypatch):
     monkeypatch.setattr("jaxtyping.config.jaxtyping_disable", True)
@@ -238,3 +250,38 @@ def test_misuse_is_refused_with_the_argument_named(arguments, monkeypatch):
         zipf_cross_entropy(1.1, 10, 11)
     with pytest.raises(ValueError, match="observe must come after a call"):
         MirostatLogitsProcessor().observe(torch.zeros(1, 1, dtype=torch.long))
+    with pytest.raises(ValueError, match="k must be a whole number"):
+        zipf_cross_entropy(1.1, 10, 2.5)
+    with pytest.raises(ValueError, match="vocab must be a whole number"):
+        mirostat_k(torch.tensor(1.1), torch.tensor(3.0), 10.5)
+
+
+@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_logits_far_apart_keep_the_likeliest_token(version, dtype):
+    logits = drawn(5, 2, 200).to(dtype)
+    logits = logits * (torch.finfo(dtype).max / logits.abs().max() / 4)
+    processor, ids = MirostatLogitsProcessor(version=version), torch.zeros(2, 1, dtype=torch.long)
+    for _ in range(3):
+        scores = processor(ids, logits)
+        assert torch.all(scores.isfinite().sum(-1) == {1: 2, 2: 1}[version])  # round(k) + 1, or those within the limit
+        assert torch.equal(scores.softmax(-1), logits.softmax(-1))
+        ids = torch.cat([ids, scores.argmax(-1, keepdim=True)], 1)
+    assert processor.mu.isfinite().all()
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_scores_that_are_no_distribution_are_refused(version):
+    for wrong in (math.nan, math.inf, -math.inf):
+        with pytest.raises(ValueError, match="scores must be a distribution"):
+            MirostatLogitsProcessor(version=version)(torch.zeros(1, 1, dtype=torch.long), torch.full((1, 200), wrong))
+
+
+def test_a_copy_goes_on_by_itself():
+    logits, ids = drawn(6, 1, 200).requires_grad_() * 1, torch.tensor([[1, 2]])
+    processor = MirostatLogitsProcessor()
+    processor(ids, logits)
+    copied, longer = copy.deepcopy(processor), torch.tensor([[1, 2, 30]])
+    assert torch.equal(copied(longer, logits), processor(longer, logits))
+    copied.reset()
+    assert processor.mu is not None

@@ -1,6 +1,8 @@
 """Superposed decoding: step by step on given distributions, and against greedy decoding of a real model."""
 
+import gc
 import math
+import weakref
 from itertools import pairwise
 from types import SimpleNamespace
 
@@ -17,6 +19,7 @@ from fairtrial.methods.decoding import (
     superposed_generate,
     superposition_weights,
 )
+from fairtrial.methods.registry import index
 
 TEXTS = ("The class statement", "An expression list containing")
 
@@ -43,7 +46,7 @@ class Scripted(nn.Module):
         if inputs_embeds is not None:
             self.mixtures.append(inputs_embeds[0, 0])
         rows = len(attention_mask)
-        return SimpleNamespace(logits=probs.log().expand(rows, 1, -1), past_key_values=None)
+        return SimpleNamespace(logits=probs.log().expand(rows, 1, -1), past_key_values=())
 
 
 FIRST = {20: 0.5, 21: 0.3, 22: 0.15, 23: 0.05}
@@ -268,7 +271,11 @@ def test_a_mixture_goes_through_the_layers_nearly_as_its_parts(smollm2):
     "arguments",
     [
         {"num_drafts": 0},
+        {"num_drafts": 2.5},
+        {"num_drafts": True},
         {"max_new_tokens": 0},
+        {"max_new_tokens": 2.5},
+        {"n_candidates": 4.5},
         {"temperature": 0.0},
         {"temperature": math.nan},
         {"n_candidates": 3},
@@ -277,25 +284,65 @@ def test_a_mixture_goes_through_the_layers_nearly_as_its_parts(smollm2):
         {"penalty": -1.0},
     ],
 )
-def test_misuse_is_refused_with_the_argument_named(arguments):
+def test_misuse_is_refused_with_the_argument_named(arguments, monkeypatch):
+    monkeypatch.setattr("jaxtyping.config.jaxtyping_disable", True)
     with pytest.raises(ValueError, match=f"^{next(iter(arguments))} must be"):
         superposed_generate(Scripted(FIRST), torch.tensor([[1]]), **{"max_new_tokens": 2, **arguments})
+    if "max_new_tokens" not in arguments:
+        with pytest.raises(ValueError, match=f"^{next(iter(arguments))} must be"):
+            SuperposedDecoding(**arguments)
 
 
-def test_unsuitable_models_and_texts_are_refused():
+def test_unsuitable_models_and_texts_are_refused(monkeypatch):
+    monkeypatch.setattr("jaxtyping.config.jaxtyping_disable", True)
     model = Scripted(FIRST)
     model.config.is_encoder_decoder = True
     with pytest.raises(ValueError, match="model must be a decoder alone"):
         superposed_generate(model, torch.tensor([[1]]), max_new_tokens=1)
-    for wrong in ({"orders": ()}, {"orders": (0,)}, {"orders": (1, 1)}, {"weights": (1.0,)}):
+    wrong_settings = ({"orders": ()}, {"orders": (0,)}, {"orders": (1, 1)}, {"orders": (1.5,)}, {"weights": (1.0,)})
+    for wrong in wrong_settings:
         with pytest.raises(ValueError, match=next(iter(wrong))):
             NGramInterpolator(**wrong)
     with pytest.raises(ValueError, match="texts of at least 2 tokens"):
         NGramInterpolator().fit([torch.tensor([1])])
+    for wrong in (torch.tensor([1.0, 2.5]), torch.tensor([[1, 2], [3, 4]])):
+        with pytest.raises(ValueError, match="token_sequences must be texts"):
+            NGramInterpolator().fit(wrong)
     with pytest.raises(ValueError, match="of token ids from 0"):
         NGramInterpolator().fit(torch.tensor([1, -2, 3]))
     with pytest.raises(ValueError, match="called after fit"):
         NGramInterpolator().prob(torch.tensor([1]), torch.tensor([2]))
+
+
+def test_a_task_counts_its_corpus_once_and_does_not_keep_it(monkeypatch):
+    fits = []
+    fit = NGramInterpolator.fit
+
+    def noted(self, tokens):
+        fits.append(len(tokens))
+        return fit(self, tokens)
+
+    monkeypatch.setattr(NGramInterpolator, "fit", noted)
+    setting = SimpleNamespace(corpus=torch.arange(9))
+    bind = next(entry for entry in index() if entry.name == "SuperposedDecoding").load().bind
+    first, again = bind(setting)["ngram"], bind(setting)["ngram"]
+    assert first is again
+    other = bind(SimpleNamespace(corpus=torch.arange(9)))["ngram"]
+    assert other is not first
+    assert fits == [9, 9]
+    model = weakref.ref(first)
+    del first, again, setting
+    gc.collect()
+    assert model() is None
+
+
+def test_impossible_tokens_do_not_matter_where_the_n_grams_decide_alone():
+    only = NGramInterpolator((1,), (1.0,)).fit(torch.tensor([11, 22]))
+    model = Scripted({20: 1.0, 21: 0.0, 22: 0.0})
+    options = {"num_drafts": 1, "n_candidates": 40, "temperature": 1.0, "ngram": only, "alpha": 1.0}
+    found = superposed_generate(model, torch.tensor([[10, 11]]), max_new_tokens=1, **options)
+    assert found.sequences[0, 0].tolist() == [10, 11, 22]
+    assert found.scores.tolist() == [[0.0]]
 
 
 def test_texts_may_be_shorter_than_the_longest_context():
@@ -316,5 +363,6 @@ def test_damaged_files_are_refused(tmp_path, damage):
 
 
 def test_a_model_that_gives_no_numbers_is_refused():
-    with pytest.raises(ValueError, match="scores that are not numbers"):
-        superposed_generate(Scripted({0: math.nan}), torch.tensor([[1, 2]]), max_new_tokens=2)
+    for wrong in (math.nan, math.inf):
+        with pytest.raises(ValueError, match="scores that are not numbers"):
+            superposed_generate(Scripted({0: wrong}), torch.tensor([[1, 2]]), max_new_tokens=2)

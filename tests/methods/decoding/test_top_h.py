@@ -168,10 +168,14 @@ def test_generate_takes_it_with_a_configuration_temperature_and_beams(small_gpt)
         {"alpha": math.nan},
         {"criterion": "whole"},
         {"top_n": 0},
+        {"top_n": 2.5},
+        {"top_n": True},
         {"temperature": 0.0},
         {"temperature": math.nan},
         {"filter_value": math.nan},
+        {"filter_value": math.inf},
         {"min_tokens_to_keep": 0},
+        {"min_tokens_to_keep": 1.5},
     ],
 )
 def test_misuse_is_refused_with_the_argument_named(arguments, monkeypatch):
@@ -189,3 +193,23 @@ def test_of_equally_likely_tokens_no_more_are_kept_than_asked_for():
         for alpha in (0.99, 1.0):
             kept = TopHLogitsProcessor(alpha, top_n=2)(NOTHING, logits).isfinite()
             assert 1 <= kept.sum() <= 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, F64])
+@pytest.mark.parametrize("criterion", ["renormalized", "partial"])
+@pytest.mark.parametrize("temperature", [1e-6, 1e-38, 5e-324])
+def test_tiny_temperatures_keep_the_likeliest_token(temperature, criterion, dtype):
+    logits = 10 * torch.stack([torch.randperm(300, generator=torch.Generator().manual_seed(n)) for n in range(3)])
+    logits = logits.to(dtype).masked_fill(logits == 0, -math.inf)
+    logits[:, 7] = 5000
+    scores = TopHLogitsProcessor(0.4, criterion, temperature=temperature)(NOTHING.expand(3, 1), logits)
+    assert scores.isfinite().nonzero().tolist() == [[row, 7] for row in range(3)]
+    assert torch.equal(scores[:, 7], logits[:, 7])
+
+
+def test_a_filter_value_that_the_dtype_has_not_becomes_its_lowest_number():
+    logits = drawn(4, 2, 300).half()
+    ids = NOTHING.expand(2, 1)
+    kept = TopHLogitsProcessor()(ids, logits).isfinite()
+    scores = TopHLogitsProcessor(filter_value=-1e9)(ids, logits)
+    assert torch.equal(scores, logits.masked_fill(~kept, torch.finfo(torch.float16).min))

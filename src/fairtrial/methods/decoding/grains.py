@@ -34,6 +34,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from fairtrial.methods.arguments import require
+from fairtrial.methods.decoding.sampling import is_whole, require_whole
 
 Attribution = Literal["ig", "gradient", "smoothgrad"]
 SMOOTHING_DRAWS, SMOOTHING_SPREAD = 20, 0.01  # the authors'
@@ -58,7 +59,7 @@ def integrated_gradients(
         inputs: where its value is to be attributed.
         steps: nodes of the quadrature.
     """
-    require(steps >= 1, "steps", steps, "at least 1")
+    require_whole("steps", steps)
     nodes, weights = (torch.from_numpy(a).to(inputs) for a in np.polynomial.legendre.leggauss(steps))
     shape = (-1, *[1] * inputs.ndim)
     points = (nodes.add(1).div(2).view(shape) * inputs.detach()).requires_grad_()
@@ -100,6 +101,7 @@ def token_attributions(
         ValueError: an argument is out of range, the model is in training mode, or a text has fewer than two tokens.
     """
     require(method in ("ig", "gradient", "smoothgrad"), "method", method, "'ig', 'gradient' or 'smoothgrad'")
+    require_whole("steps", steps)
     require(not model.training, "model", "a model in training mode", "in evaluation mode: model.eval()")
     found = []
     for sign, text in ((1, prompt + pos), (-1, prompt + neg)):
@@ -144,8 +146,10 @@ def decoder_layers(model: Any) -> nn.ModuleList:
     """The list of a model's transformer blocks.
 
     Raises:
-        ValueError: there is no list of as many modules as the configuration has layers, or there is an encoder too.
+        ValueError: there is no list of as many modules as the configuration has layers, there is an encoder too, or no
+            configuration.
     """
+    require(hasattr(model, "config"), "model", type(model).__name__, "a model of transformers")
     require(not model.config.is_encoder_decoder, "model", type(model).__name__, "a decoder alone")
     depth = model.config.get_text_config().num_hidden_layers
     for module in model.modules():
@@ -185,9 +189,11 @@ def steering_vector(changes: Float[Tensor, "n d"], method: Literal["pca", "mean"
     """The mean of the changes, or the unit vector along which they vary most, on the side of the mean.
 
     Raises:
-        ValueError: `method` is neither, nothing changes, or all changes are the same and 'pca' finds no direction.
+        ValueError: `method` is neither, a change is not finite, nothing changes, or all changes are the same and 'pca'
+            finds no direction.
     """
     require(method in ("pca", "mean"), "method", method, "'pca' or 'mean'")
+    require(bool(changes.isfinite().all()), "changes", "numbers that are not finite", "finite")
     require(bool(changes.any()), "changes", "zeros alone", "other than 0 somewhere")
     mean = changes.mean(0)
     if method == "mean":
@@ -228,13 +234,14 @@ def fit_steering_vectors(
         ValueError: an argument is out of range, there are no triples, a text has fewer than k tokens, there is no such
             layer, or the model is in training mode.
     """
-    require(k >= 1, "k", k, "at least 1")
+    require_whole("k", k)
     require(mode in ("pos", "both"), "mode", mode, "'pos' or 'both'")
     examples, pad_id = list(triples), padding_of(tokenizer)
     require(bool(examples), "triples", examples, "at least one")
     depth = len(decoder_layers(model))
     wanted = range(depth) if layers is None else layers
-    require(all(0 <= layer < depth for layer in wanted), "layers", layers, f"from 0 to {depth - 1}")
+    there = all(is_whole(layer) and 0 <= layer < depth for layer in wanted)
+    require(there, "layers", layers, f"whole numbers from 0 to {depth - 1}")
     most, least = [], []
     for prompt, pos, neg in examples:
         found = token_attributions(model, tokenizer, prompt, pos, neg, attribution, steps, generator=generator)
@@ -283,7 +290,8 @@ class SteeringHook:
         self, model: Any, vectors: Mapping[int, Float[Tensor, " d"]], strength: float, *, preserve_norm: bool = True
     ) -> None:
         self.layers, depth = decoder_layers(model), len(decoder_layers(model))
-        require(all(0 <= layer < depth for layer in vectors), "vectors", sorted(vectors), f"of layers 0 to {depth - 1}")
+        there = all(is_whole(layer) and 0 <= layer < depth for layer in vectors)
+        require(there, "vectors", list(vectors), f"of layers 0 to {depth - 1}")
         width = model.config.get_text_config().hidden_size
         for layer, vector in vectors.items():
             require(vector.shape == (width,), f"vectors[{layer}]", tuple(vector.shape), f"of shape {(width,)}")

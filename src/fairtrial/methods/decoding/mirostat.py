@@ -26,7 +26,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from fairtrial.methods.arguments import require
-from fairtrial.methods.decoding.sampling import end_tokens, growing
+from fairtrial.methods.decoding.sampling import end_tokens, growing, is_whole, require_whole
 from fairtrial.methods.registry import LogUniform, Uniform, method
 
 try:
@@ -45,7 +45,7 @@ class MirostatLogitsProcessor(LogitsProcessor):
     It follows every sequence of a batch by itself. A processor sees a token only when the next one is asked for: the
     limits are updated then, from `input_ids[:, -1]`. A call of another shape than the next one would have begins anew.
     What processors before it have removed is no part of the distribution; a temperature after it changes what is
-    sampled, not what counts as surprising.
+    sampled, not what counts as surprising. With an assistant model a rejected token begins anew too: leave it off.
 
     Args:
         tau: target in bits, above 0.
@@ -59,7 +59,8 @@ class MirostatLogitsProcessor(LogitsProcessor):
     The defaults are the authors'; llama.cpp's target for version 2 is 5.
 
     Raises:
-        ValueError: an argument is out of range, or `input_ids` do not go on from the call before, as with beam search.
+        ValueError: an argument is out of range, `input_ids` do not go on from the call before, as with beam search, or
+            scores are no distribution.
     """
 
     mu: Float[Tensor, " b"] | None
@@ -67,8 +68,8 @@ class MirostatLogitsProcessor(LogitsProcessor):
     def __init__(self, tau: float = 3.0, eta: float | None = None, m: int = 100, version: Literal[1, 2] = 1) -> None:
         require(0 < tau < math.inf, "tau", tau, "above 0 and finite")
         require(eta is None or 0 <= eta < math.inf, "eta", eta, "None, or at least 0 and finite")
-        require(m >= 1, "m", m, "at least 1")
-        require(version in (1, 2), "version", version, "1 or 2")
+        require_whole("m", m)
+        require(is_whole(version) and version in (1, 2), "version", version, "1 or 2")
         self.tau, self.m, self.version = tau, m, version
         self.eta = {1: 1.0, 2: 0.1}[version] if eta is None else eta
         self.reset()
@@ -81,7 +82,10 @@ class MirostatLogitsProcessor(LogitsProcessor):
 
     def __call__(self, input_ids: Int[Tensor, "b t"], scores: Float[Tensor, "b v"]) -> Float[Tensor, "b v"]:
         self._follow(input_ids)
-        surprises = scores.to(torch.promote_types(scores.dtype, torch.float32)).log_softmax(-1) / -BIT
+        wide = scores.detach().to(torch.promote_types(scores.dtype, torch.float32))
+        surprises = wide.log_softmax(-1) / -BIT
+        if bool(surprises.isnan().any()):
+            raise ValueError("scores must be a distribution in each row, got NaN, infinity or no token at all")
         if self.mu is None:
             self.mu = surprises.new_full((len(scores),), 2 * self.tau)
         self._surprises = surprises
@@ -138,7 +142,8 @@ def zipf_exponent(probs: Float[Tensor, "*b n"], m: int = 100) -> Float[Tensor, "
     Raises:
         ValueError: there are no m + 1 tokens.
     """
-    require(1 <= m < probs.shape[-1], "m", m, f"from 1 to {probs.shape[-1] - 1}, one below the number of tokens")
+    require_whole("m", m)
+    require(m < probs.shape[-1], "m", m, f"from 1 to {probs.shape[-1] - 1}, one below the number of tokens")
     return _fit(probs.topk(m + 1).values.log())
 
 
@@ -156,8 +161,9 @@ def mirostat_k(s: Float[Tensor, "*b"], mu: Float[Tensor, "*b"], vocab: int) -> F
 
     Computed in logarithms; at most `vocab`.
     """
-    require(vocab >= 2, "vocab", vocab, "at least 2")
+    require_whole("vocab", vocab, 2)
     size = math.log(vocab)
+    s = s.clamp(max=torch.finfo(s.dtype).max)  # of logits so far apart that their fit overflows
     excess = s - 1
     # ε / (1 - N^-ε), which is 1 / ln N at ε = 0
     ratio = torch.where(excess == 0, 1 / size, excess / -torch.expm1(-excess * size))
@@ -172,7 +178,9 @@ def zipf_cross_entropy(s: float, vocab: int, k: int) -> float:
         ValueError: `k` is not among the tokens, or `s` is below 0.
     """
     require(0 <= s < math.inf, "s", s, "at least 0 and finite")
-    require(1 <= k <= vocab, "k", k, f"from 1 to {vocab}")
+    require_whole("vocab", vocab)
+    require_whole("k", k)
+    require(k <= vocab, "k", k, f"from 1 to {vocab}")
     ranks = torch.arange(1, vocab + 1, dtype=torch.float64)
     weights = ranks.pow(-s)
     surprises = s * ranks.log2() + weights.sum().log2()

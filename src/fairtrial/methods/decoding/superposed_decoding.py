@@ -34,9 +34,17 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.weak import WeakIdKeyDictionary
 
 from fairtrial.methods.arguments import require
-from fairtrial.methods.decoding.sampling import Continuation, end_tokens, padding_token
+from fairtrial.methods.decoding.sampling import (
+    Continuation,
+    end_tokens,
+    is_whole,
+    padding_token,
+    require_whole,
+    tempered,
+)
 from fairtrial.methods.registry import Integer, Uniform, method
 
 NOWHERE = -1  # in a context: there is no token
@@ -69,7 +77,8 @@ class NGramInterpolator:
         orders: Sequence[int] = (1, 2, 3, 4, 5),
         weights: Sequence[float] = (0.01, 0.04, 0.15, 0.18, 0.12),
     ) -> None:
-        require(bool(orders) and all(n >= 1 for n in orders), "orders", orders, "one or more numbers from 1")
+        whole = all(is_whole(n) and n >= 1 for n in orders)
+        require(len(orders) > 0 and whole, "orders", orders, "one or more whole numbers from 1")
         require(len(set(orders)) == len(orders), "orders", orders, "different from each other")
         require(len(weights) == len(orders), "weights", weights, f"one for each of {len(orders)} orders")
         require(all(0 <= weight < math.inf for weight in weights), "weights", weights, "at least 0 and finite")
@@ -80,9 +89,12 @@ class NGramInterpolator:
         """Count the n-grams of texts, given one by one or as a single text; returns itself.
 
         Raises:
-            ValueError: there is no text of two tokens, or a token id is negative.
+            ValueError: there is no text of two tokens, or a token id is negative or no whole number.
         """
         texts = [token_sequences] if isinstance(token_sequences, Tensor) else list(token_sequences)
+        for text in texts:
+            fits = text.ndim == 1 and not text.is_floating_point() and not text.is_complex()
+            require(fits, "token_sequences", f"{tuple(text.shape)} of {text.dtype}", "texts (t,) of whole token ids")
         gap = torch.tensor([NOWHERE])
         tokens = torch.cat([piece for text in texts for piece in (text.long().cpu(), gap)] or [gap])
         longest = max((len(text) for text in texts), default=0)
@@ -237,13 +249,8 @@ def superposed_generate(
         ValueError: an argument is out of range, `alpha` is given without `ngram`, the model has an encoder or gives
             scores that are not numbers, or prompts are padded on the right.
     """
-    require(num_drafts >= 1, "num_drafts", num_drafts, "at least 1")
-    require(max_new_tokens >= 1, "max_new_tokens", max_new_tokens, "at least 1")
-    require(0 < temperature < math.inf, "temperature", temperature, "above 0 and finite")
-    require(n_candidates > num_drafts, "n_candidates", n_candidates, f"above num_drafts, which is {num_drafts}")
-    require(alpha is None or 0 <= alpha <= 1, "alpha", alpha, "within [0, 1]")
-    require(alpha is None or ngram is not None, "alpha", alpha, "None where there is no ngram")
-    require(0 <= penalty < math.inf, "penalty", penalty, "at least 0 and finite")
+    _check(num_drafts, temperature, n_candidates, alpha, ngram, penalty)
+    require_whole("max_new_tokens", max_new_tokens)
     share = 0.0 if ngram is None else 0.54 if alpha is None else alpha
     ends = end_tokens(model, eos_token_id)
     pad = padding_token(model, ends)
@@ -267,11 +274,12 @@ def superposed_generate(
             embeddings = model.get_input_embeddings()(live.sequences[..., -1])
             weights = _weights(live.scores).to(embeddings.dtype)
             continuation.extend(inputs_embeds=(weights[:, None] @ embeddings))
-        if continuation.logits.isnan().any():
+        if bool((continuation.logits.isnan() | continuation.logits.isposinf()).any()):
             raise ValueError("the model gives scores that are not numbers")
-        log_p, tokens = (continuation.logits / temperature).topk(n_candidates)
+        log_p, tokens = tempered(continuation.logits, temperature).topk(n_candidates)
         log_p = log_p.log_softmax(-1)
-        added = (1 - share) * log_p[:, None].expand(-1, k, -1)
+        own = (1 - share) * log_p if share < 1 else torch.zeros_like(log_p)  # of an impossible token 0 · ∞ would be NaN
+        added = own[:, None].expand(-1, k, -1)
         if ngram is not None and share > 0:
             context = torch.cat([prompt[:, None].expand(-1, k, -1), live.sequences], 2)[..., -max(ngram.orders) :]
             support = ngram.prob(context, tokens[:, None].expand(-1, k, -1)).to(log_p.dtype)
@@ -303,6 +311,23 @@ def superposed_generate(
     return Drafts(whole, drafts.scores, drafts.lengths)
 
 
+def _check(
+    num_drafts: int,
+    temperature: float,
+    n_candidates: int,
+    alpha: float | None,
+    ngram: NGramInterpolator | None,
+    penalty: float,
+) -> None:
+    require_whole("num_drafts", num_drafts)
+    require(0 < temperature < math.inf, "temperature", temperature, "above 0 and finite")
+    require_whole("n_candidates", n_candidates)
+    require(n_candidates > num_drafts, "n_candidates", n_candidates, f"above num_drafts, which is {num_drafts}")
+    require(alpha is None or 0 <= alpha <= 1, "alpha", alpha, "within [0, 1]")
+    require(alpha is None or ngram is not None, "alpha", alpha, "None where there is no ngram")
+    require(0 <= penalty < math.inf, "penalty", penalty, "at least 0 and finite")
+
+
 def _best(drafts: Drafts, k: int, *, by_length: bool = False) -> Drafts:
     """The k best by score, or by score for each token."""
     merit = drafts.scores / drafts.lengths if by_length else drafts.scores
@@ -313,11 +338,22 @@ def _best(drafts: Drafts, k: int, *, by_length: bool = False) -> Drafts:
     )
 
 
+_counted: Any = WeakIdKeyDictionary()
+
+
+def counted(corpus: Int[Tensor, " n"]) -> NGramInterpolator:
+    """The n-grams of a corpus with the default settings, counted once for as long as its tensor lives unchanged."""
+    if corpus not in _counted:
+        _counted[corpus] = NGramInterpolator().fit(corpus)
+    model: NGramInterpolator = _counted[corpus]
+    return model
+
+
 @method(
     paper="superposed_decoding",
     slot="decoder",
     search={"num_drafts": Integer(2, 6), "alpha": Uniform(0.2, 0.8)},
-    bind=lambda setting: {"ngram": NGramInterpolator().fit(setting.corpus)},
+    bind=lambda setting: {"ngram": counted(setting.corpus)},
 )
 @dataclass(frozen=True)
 class SuperposedDecoding:
@@ -326,6 +362,9 @@ class SuperposedDecoding:
     Args:
         ngram: fitted n-gram models.
         num_drafts, alpha, temperature, n_candidates, penalty: as of `superposed_generate`, with the authors' defaults.
+
+    Raises:
+        ValueError: an argument is out of range, or `alpha` is given without `ngram`.
     """
 
     ngram: NGramInterpolator | None = None
@@ -334,6 +373,9 @@ class SuperposedDecoding:
     temperature: float = 0.06
     n_candidates: int = 9
     penalty: float = 200.0
+
+    def __post_init__(self) -> None:
+        _check(self.num_drafts, self.temperature, self.n_candidates, self.alpha, self.ngram, self.penalty)
 
     def __call__(
         self,

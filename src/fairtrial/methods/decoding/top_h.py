@@ -27,6 +27,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from fairtrial.methods.arguments import require
+from fairtrial.methods.decoding.sampling import require_whole, tempered
 from fairtrial.methods.registry import Uniform, method
 
 try:
@@ -55,7 +56,8 @@ class TopHLogitsProcessor(LogitsProcessor):
             'partial' they are renormalised and the bound is theirs.
         temperature: that is going to divide the logits afterwards, above 0; the kept set is that of the result. 1 if
             they have been tempered already.
-        filter_value: what the logits of other tokens become.
+        filter_value: what the logits of other tokens become, or the lowest number that their dtype has if this is lower
+            and finite.
         min_tokens_to_keep: at least 1.
 
     The defaults are the paper's.
@@ -75,17 +77,18 @@ class TopHLogitsProcessor(LogitsProcessor):
         min_tokens_to_keep: int = 1,
     ) -> None:
         check_share(alpha, criterion)
-        require(top_n is None or top_n >= 1, "top_n", top_n, "None or at least 1")
+        if top_n is not None:
+            require_whole("top_n", top_n)
         require(0 < temperature < math.inf, "temperature", temperature, "above 0 and finite")
-        require(not math.isnan(filter_value), "filter_value", filter_value, "a number")
-        require(min_tokens_to_keep >= 1, "min_tokens_to_keep", min_tokens_to_keep, "at least 1")
+        require(filter_value < math.inf, "filter_value", filter_value, "a number below infinity")
+        require_whole("min_tokens_to_keep", min_tokens_to_keep)
         self.alpha, self.criterion = alpha, criterion
         self.top_n = 100 if top_n is None and criterion == "partial" else top_n
         self.temperature, self.filter_value = temperature, filter_value
         self.min_tokens_to_keep = min_tokens_to_keep
 
     def __call__(self, input_ids: Int[Tensor, "b t"], scores: Float[Tensor, "b v"]) -> Float[Tensor, "b v"]:
-        logits = scores.to(torch.promote_types(scores.dtype, torch.float32)) / self.temperature
+        logits = tempered(scores.to(torch.promote_types(scores.dtype, torch.float32)), self.temperature)
         n = min(self.top_n or scores.shape[-1], scores.shape[-1])
         if self.criterion == "partial":
             logits, tokens = logits.topk(n)
@@ -95,7 +98,8 @@ class TopHLogitsProcessor(LogitsProcessor):
             kept = _mask(logits.softmax(-1), self.alpha, self.criterion, n)
         if self.min_tokens_to_keep > 1:
             kept.scatter_(-1, scores.topk(min(self.min_tokens_to_keep, scores.shape[-1])).indices, True)
-        return scores.masked_fill(~kept, self.filter_value)
+        fits = math.isinf(self.filter_value) or self.filter_value >= torch.finfo(scores.dtype).min
+        return scores.masked_fill(~kept, self.filter_value if fits else torch.finfo(scores.dtype).min)
 
 
 def check_share(alpha: float, criterion: str) -> None:
