@@ -220,6 +220,7 @@ def test_doctor_names_the_extra_that_is_missing(run, monkeypatch):
         (["compare", "digits", "optimizer=AdamW"], "nothing to compare"),
         (["compare", "digits", "optimizer"], "SLOT=METHOD"),
         (["compare", "digits", "optimizer=SGD", "optimizer=Adam"], "twice"),
+        (["compare", "digits", "optimizer=SGD(nesterov=false)"], "write nesterov=False"),
         (["compare", "digits", "optimizer=SGD", "--seeds", "0"], "seeds must be"),
         (["compare", "digits", "optimizer=SGD", "--trials", "-3"], "trials must be"),
         (["compare", "digits", "optimizer=SGD", "--workers", "0"], "workers must be"),

@@ -303,6 +303,17 @@ def report(
         typer.echo(f"{output} is written.")
 
 
+def _check_literals(methods: str) -> None:
+    """Refuse `key=false`: it would be read as a text, which is true."""
+    from fairtrial.trial.recipe import parse_choices
+
+    for choice in parse_choices(methods):
+        for key, value in choice.params.items():
+            meant = {"true": "True", "false": "False", "none": "None", "null": "None"}.get(str(value))
+            if meant is not None:
+                raise BadInput(f"{choice.name}: write {key}={meant}, as in Python; got {value}")
+
+
 def _compared(
     task: str,
     choices: Sequence[str],
@@ -324,6 +335,7 @@ def _compared(
             raise BadInput(f"cannot read {text!r}: write SLOT=METHOD,METHOD")
         if slot.strip() in wanted:
             raise BadInput(f"the slot {slot.strip()!r} is named twice; write its methods in one list")
+        _check_literals(methods)
         wanted[slot.strip()] = methods
     with (
         redirect_stdout(sys.stderr),  # a person's task may print; the result stands alone on stdout

@@ -112,7 +112,7 @@ def test_results_on_another_model_or_text_are_kept_apart(small_gpt: Loaded, tmp_
     [
         ({"corpus": "nowhere.txt"}, "nowhere.txt cannot be read"),
         ({"length": 100_000}, "passages of 100000 tokens cannot be cut"),
-        ({"model": "no/such/folder/at/all"}, "no model"),
+        ({"model": "no/such/folder/at/all"}, "and no folder"),
     ],
 )
 def test_what_is_not_there_of_a_persons_own_is_named(

@@ -15,8 +15,9 @@ from torch.nn import functional as F
 
 from fairtrial.contract import Choice, Costs, Diverged, Metric, Slot
 from fairtrial.methods.arguments import require
-from fairtrial.methods.decoding.sampling import end_tokens, require_whole
+from fairtrial.methods.decoding.sampling import end_tokens
 from fairtrial.methods.registry import Integer, Method, Uniform
+from fairtrial.methods.whole import require_whole
 from fairtrial.tasks import documentation
 from fairtrial.tasks.models import transformers
 from fairtrial.tasks.slots import Options

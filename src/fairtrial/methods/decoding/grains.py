@@ -34,7 +34,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from fairtrial.methods.arguments import require
-from fairtrial.methods.decoding.sampling import is_whole, require_whole
+from fairtrial.methods.whole import require_whole, whole
 
 Attribution = Literal["ig", "gradient", "smoothgrad"]
 SMOOTHING_DRAWS, SMOOTHING_SPREAD = 20, 0.01  # the authors'
@@ -240,7 +240,7 @@ def fit_steering_vectors(
     require(bool(examples), "triples", examples, "at least one")
     depth = len(decoder_layers(model))
     wanted = range(depth) if layers is None else layers
-    there = all(is_whole(layer) and 0 <= layer < depth for layer in wanted)
+    there = all(whole(layer, 0, depth - 1) for layer in wanted)
     require(there, "layers", layers, f"whole numbers from 0 to {depth - 1}")
     most, least = [], []
     for prompt, pos, neg in examples:
@@ -290,7 +290,7 @@ class SteeringHook:
         self, model: Any, vectors: Mapping[int, Float[Tensor, " d"]], strength: float, *, preserve_norm: bool = True
     ) -> None:
         self.layers, depth = decoder_layers(model), len(decoder_layers(model))
-        there = all(is_whole(layer) and 0 <= layer < depth for layer in vectors)
+        there = all(whole(layer, 0, depth - 1) for layer in vectors)
         require(there, "vectors", list(vectors), f"of layers 0 to {depth - 1}")
         width = model.config.get_text_config().hidden_size
         for layer, vector in vectors.items():

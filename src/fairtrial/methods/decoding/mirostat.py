@@ -26,8 +26,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from fairtrial.methods.arguments import require
-from fairtrial.methods.decoding.sampling import end_tokens, growing, is_whole, require_whole
+from fairtrial.methods.decoding.sampling import end_tokens, growing
 from fairtrial.methods.registry import LogUniform, Uniform, method
+from fairtrial.methods.whole import require_whole, whole
 
 try:
     from transformers import LogitsProcessor
@@ -69,7 +70,7 @@ class MirostatLogitsProcessor(LogitsProcessor):
         require(0 < tau < math.inf, "tau", tau, "above 0 and finite")
         require(eta is None or 0 <= eta < math.inf, "eta", eta, "None, or at least 0 and finite")
         require_whole("m", m)
-        require(is_whole(version) and version in (1, 2), "version", version, "1 or 2")
+        require(whole(version) and version in (1, 2), "version", version, "1 or 2")
         self.tau, self.m, self.version = tau, m, version
         self.eta = {1: 1.0, 2: 0.1}[version] if eta is None else eta
         self.reset()

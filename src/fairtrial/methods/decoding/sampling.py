@@ -9,7 +9,6 @@ Processors are applied to the model's logits and the temperature after them, in 
 import inspect
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from numbers import Integral
 from typing import Any
 
 import torch
@@ -18,16 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fairtrial.methods.arguments import require
-
-
-def is_whole(value: object) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool)
-
-
-def require_whole(name: str, value: Any, least: int = 1) -> None:
-    """Refuse what is no whole number of at least `least`."""
-    require(is_whole(value), name, value, "a whole number")
-    require(value >= least, name, value, f"at least {least}")
+from fairtrial.methods.whole import require_whole, whole
 
 
 def tempered(logits: Float[Tensor, "*b v"], temperature: float) -> Float[Tensor, "*b v"]:
@@ -121,7 +111,7 @@ def end_tokens(model: Any, eos_token_id: int | Sequence[int] | None) -> Int[Tens
     found = getattr(own, "eos_token_id", None) if eos_token_id is None else eos_token_id
     given = found.tolist() if isinstance(found, Tensor) else found
     ends = [] if given is None else list(given) if isinstance(given, Iterable) else [given]
-    require(all(is_whole(end) for end in ends), "eos_token_id", found, "one or several whole numbers")
+    require(all(whole(end) for end in ends), "eos_token_id", found, "one or several whole numbers")
     return torch.tensor(ends, dtype=torch.long, device=model.device)
 
 

@@ -37,15 +37,9 @@ from torch.nn import functional as F
 from torch.utils.weak import WeakIdKeyDictionary
 
 from fairtrial.methods.arguments import require
-from fairtrial.methods.decoding.sampling import (
-    Continuation,
-    end_tokens,
-    is_whole,
-    padding_token,
-    require_whole,
-    tempered,
-)
+from fairtrial.methods.decoding.sampling import Continuation, end_tokens, padding_token, tempered
 from fairtrial.methods.registry import Integer, Uniform, method
+from fairtrial.methods.whole import require_whole, whole
 
 NOWHERE = -1  # in a context: there is no token
 FORMAT = "fairtrial n-grams 1"
@@ -77,8 +71,8 @@ class NGramInterpolator:
         orders: Sequence[int] = (1, 2, 3, 4, 5),
         weights: Sequence[float] = (0.01, 0.04, 0.15, 0.18, 0.12),
     ) -> None:
-        whole = all(is_whole(n) and n >= 1 for n in orders)
-        require(len(orders) > 0 and whole, "orders", orders, "one or more whole numbers from 1")
+        fits = len(orders) > 0 and all(whole(n, 1) for n in orders)
+        require(fits, "orders", orders, "one or more whole numbers from 1")
         require(len(set(orders)) == len(orders), "orders", orders, "different from each other")
         require(len(weights) == len(orders), "weights", weights, f"one for each of {len(orders)} orders")
         require(all(0 <= weight < math.inf for weight in weights), "weights", weights, "at least 0 and finite")
@@ -307,8 +301,8 @@ def superposed_generate(
     drafts = _best(Drafts(*(torch.cat(parts, 1) for parts in both)), k, by_length=True)
     longest = int(drafts.lengths.where(drafts.scores.isfinite(), 0).max())
     there = drafts.scores.isfinite()[..., None]
-    whole = torch.cat([input_ids[:, None].expand(-1, k, -1), drafts.sequences.where(there, pad)[..., :longest]], 2)
-    return Drafts(whole, drafts.scores, drafts.lengths)
+    texts = torch.cat([input_ids[:, None].expand(-1, k, -1), drafts.sequences.where(there, pad)[..., :longest]], 2)
+    return Drafts(texts, drafts.scores, drafts.lengths)
 
 
 def _check(

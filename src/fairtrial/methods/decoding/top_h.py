@@ -27,8 +27,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from fairtrial.methods.arguments import require
-from fairtrial.methods.decoding.sampling import require_whole, tempered
+from fairtrial.methods.decoding.sampling import tempered
 from fairtrial.methods.registry import Uniform, method
+from fairtrial.methods.whole import require_whole
 
 try:
     from transformers import LogitsProcessor

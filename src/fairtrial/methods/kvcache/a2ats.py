@@ -32,9 +32,10 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from fairtrial.methods.arguments import require
 from fairtrial.methods.kvcache.attention import AttendingCache
-from fairtrial.methods.kvcache.held import HeldLayer, Shape, check_crop, joined, last_removed, shape_of, whole
+from fairtrial.methods.kvcache.held import HeldLayer, Shape, check_crop, joined, last_removed, shape_of
 from fairtrial.methods.kvcache.rotary import turned
 from fairtrial.methods.registry import LogUniform, method
+from fairtrial.methods.whole import whole
 
 JITTER = 1e-6
 MOST_CODES, TOKENS_PER_CODE = 4096, 20  # the authors' 4096 codewords from 64k tokens of text and 16k of random strings
@@ -362,8 +363,8 @@ class VQKeyLayer(HeldLayer):
     codes: Tensor | None
 
     def shapes(self, number: int) -> list[dict[str, Shape]]:
-        whole: Shape = ("sequences", self.heads, "tokens", self.width)
-        return [{"keys": whole, "values": whole, "codes": whole[:3]}]
+        exact: Shape = ("sequences", self.heads, "tokens", self.width)
+        return [{"keys": exact, "values": exact, "codes": exact[:3]}]
 
     def get_seq_length(self) -> int:
         return 0 if self.keys is None else self.keys.shape[-2]

@@ -35,21 +35,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fairtrial.methods.arguments import require
-from fairtrial.methods.kvcache.held import (
-    HeldCache,
-    HeldLayer,
-    Shape,
-    check_crop,
-    joined,
-    last_removed,
-    shape_of,
-    whole,
-)
+from fairtrial.methods.kvcache.held import HeldCache, HeldLayer, Shape, check_crop, joined, last_removed, shape_of
 from fairtrial.methods.kvcache.rotary import turned
 from fairtrial.methods.kvcache.rotated_keys import check_rotated_keys, rotary_embedding
 from fairtrial.methods.kvcache.watched import decoder_layers, watched
 from fairtrial.methods.quantization.packing import pack, packed_width, unpack
 from fairtrial.methods.registry import LogUniform, method
+from fairtrial.methods.whole import whole
 
 LEAST_RANGE = 1e-5
 

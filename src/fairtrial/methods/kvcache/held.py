@@ -17,6 +17,7 @@ except ImportError as error:
     raise ImportError("caches need an extra: pip install 'fairtrial[llm]'") from error
 
 from fairtrial.methods.arguments import require
+from fairtrial.methods.whole import whole
 
 VERSION = 1
 
@@ -188,13 +189,6 @@ def shape_of(config: Any) -> tuple[int, int, int]:
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return config.num_hidden_layers, heads, width
-
-
-def whole(value: object, least: int | None = None, most: int | None = None) -> bool:
-    """Whether it is a whole number within bounds; True and False are none."""
-    if not isinstance(value, int) or isinstance(value, bool):
-        return False
-    return (least is None or value >= least) and (most is None or value <= most)
 
 
 def joined(tensors: list[Tensor | None]) -> Tensor:

@@ -38,9 +38,9 @@ try:
 except ImportError as error:
     raise ImportError("key-value prediction needs an extra: pip install 'fairtrial[llm]'") from error
 
-from fairtrial.methods.kvcache.held import whole
 from fairtrial.methods.kvcache.rotary import turned
 from fairtrial.methods.kvcache.rotated_keys import check_rotated_keys
+from fairtrial.methods.whole import whole
 
 
 def default_layer_map(n_base: int, n_aux: int) -> list[int]:

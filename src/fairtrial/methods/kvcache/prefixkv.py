@@ -29,8 +29,9 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from fairtrial.methods.arguments import require
 from fairtrial.methods.kvcache.attention import AttendingCache
-from fairtrial.methods.kvcache.held import HeldLayer, Shape, check_crop, joined, last_removed, shape_of, whole
+from fairtrial.methods.kvcache.held import HeldLayer, Shape, check_crop, joined, last_removed, shape_of
 from fairtrial.methods.registry import method
+from fairtrial.methods.whole import whole
 
 HALVINGS = 64
 QUERIES_AT_ONCE = 128
@@ -220,8 +221,8 @@ class PrefixKVLayer(HeldLayer):
     def seen_by(self, mask: Tensor | None) -> Tensor | None:
         """The columns of a mask over the whole text that belong to the tokens of this layer."""
         positions = self.positions
-        whole = self.keys is not None and self.keys.shape[-2] == self.seen
-        if positions is None or (not self.ragged and (mask is None or whole)):
+        untouched = self.keys is not None and self.keys.shape[-2] == self.seen
+        if positions is None or (not self.ragged and (mask is None or untouched)):
             return mask
         alive = (positions >= 0)[:, None, None]
         if mask is None:  # for a single query, which sees all that there is

@@ -30,22 +30,14 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
 
 from fairtrial.methods.arguments import require
-from fairtrial.methods.kvcache.held import (
-    HeldCache,
-    HeldLayer,
-    Shape,
-    check_crop,
-    joined,
-    last_removed,
-    shape_of,
-    whole,
-)
+from fairtrial.methods.kvcache.held import HeldCache, HeldLayer, Shape, check_crop, joined, last_removed, shape_of
 from fairtrial.methods.kvcache.rotary import Rotary
 from fairtrial.methods.kvcache.rotated_keys import TOKENS, TOLERANCE, check_rotated_keys
 from fairtrial.methods.kvcache.watched import decoder_layers, watched
 from fairtrial.methods.quantization.hadamard import hadamard_transform
 from fairtrial.methods.quantization.packing import pack, packed_width, unpack
 from fairtrial.methods.registry import Uniform, method
+from fairtrial.methods.whole import whole
 
 UNQUANTISED = 16  # bits, with which everything is rotated and nothing is rounded
 
@@ -354,8 +346,8 @@ class RotateKVLayer(HeldLayer):
         codes: Tensor = getattr(self, f"{name}_codes")
         if self.cache.bits == UNQUANTISED:
             return codes.float()
-        whole = unpack(codes.flatten(0, 1), self.cache.bits, channels).unflatten(0, codes.shape[:2])
-        return Quantized(whole, getattr(self, f"{name}_scale"), getattr(self, f"{name}_offset")).dequantize()
+        unpacked = unpack(codes.flatten(0, 1), self.cache.bits, channels).unflatten(0, codes.shape[:2])
+        return Quantized(unpacked, getattr(self, f"{name}_scale"), getattr(self, f"{name}_offset")).dequantize()
 
     def _turned_back(self, keys: Float[Tensor, "b t n"], heads: int) -> Float[Tensor, "b {heads} t d"]:
         """All keys as attention needs them: order and rotation undone, rotary embeddings put on."""

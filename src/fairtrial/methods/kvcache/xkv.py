@@ -27,18 +27,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fairtrial.methods.arguments import require
-from fairtrial.methods.kvcache.held import (
-    HeldCache,
-    HeldLayer,
-    Shape,
-    check_crop,
-    joined,
-    last_removed,
-    shape_of,
-    whole,
-)
+from fairtrial.methods.kvcache.held import HeldCache, HeldLayer, Shape, check_crop, joined, last_removed, shape_of
 from fairtrial.methods.kvcache.rotary import Rotary
 from fairtrial.methods.registry import Categorical, method
+from fairtrial.methods.whole import whole
 
 
 def group_layers(n_layers: int, group_size: int, start: int = 0, end: int | None = None) -> list[list[int]]:
