@@ -11,8 +11,9 @@ from torch.nn import functional as F
 from transformers import DynamicCache
 
 from fairtrial.claims.smollm2 import smollm2
+from fairtrial.methods.kvcache.held import apart, together
 from fairtrial.methods.kvcache.rotary import Rotary
-from fairtrial.methods.kvcache.rotatekv import apart, quantize_per_token, together
+from fairtrial.methods.kvcache.rotatekv import quantize_per_token
 from fairtrial.tasks.trained import prepared
 
 Part = Literal["test", "validation", "training"]

@@ -16,8 +16,8 @@ from fairtrial.methods.kvcache import (
     subspace_overlap,
     xkv_bytes,
 )
+from fairtrial.methods.kvcache.held import together
 from fairtrial.methods.kvcache.rotary import Rotary
-from fairtrial.methods.kvcache.xkv import side_by_side
 
 F64 = torch.float64
 CONFIG = LlamaConfig(num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, hidden_size=64, vocab_size=32)
@@ -69,7 +69,7 @@ def test_the_error_is_what_the_singular_values_beyond_the_rank_leave(seed, token
     rank = data.draw(st.integers(1, min(tokens, 6 * layers)))
     found = approximated(x, rank)
     for row in range(2):
-        joined = torch.cat([side_by_side(layer)[row] for layer in x], -1)
+        joined = torch.cat([together(layer)[row] for layer in x], -1)
         beyond = torch.linalg.svdvals(joined)[rank:].norm()
         error = torch.cat([(a - b)[row] for a, b in zip(x, found, strict=True)]).norm()
         torch.testing.assert_close(error, beyond, rtol=1e-6, atol=1e-7)

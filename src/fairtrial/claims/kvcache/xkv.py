@@ -18,9 +18,9 @@ from fairtrial.claims.kv_caches import logits_of, losses, part_of, passages
 from fairtrial.claims.measure import Measure, measured, single
 from fairtrial.claims.paired import above_zero, gaps, surely_above
 from fairtrial.claims.smollm2 import smollm2
-from fairtrial.methods.kvcache.held import shape_of
+from fairtrial.methods.kvcache.held import shape_of, together
 from fairtrial.methods.kvcache.rotary import Rotary
-from fairtrial.methods.kvcache.xkv import XKVCache, group_layers, side_by_side, subspace_overlap, xkv_bytes
+from fairtrial.methods.kvcache.xkv import XKVCache, group_layers, subspace_overlap, xkv_bytes
 
 LENGTHS, CONTINUED, SEEDS = (1024, 2048), 64, 8
 SIZES = (1, 2, 4, 8)
@@ -118,7 +118,7 @@ def _neighbours(keys: list[Tensor], values: list[Tensor]) -> tuple[float, float]
 
 def token_cosine(x: Float[Tensor, "b h t d"], y: Float[Tensor, "b h t d"]) -> float:
     """The mean cosine of a token's keys (or values) in two layers, over all heads together."""
-    return float(torch.nn.functional.cosine_similarity(side_by_side(x), side_by_side(y), dim=-1).mean())
+    return float(torch.nn.functional.cosine_similarity(together(x), together(y), dim=-1).mean())
 
 
 def _gain(found: dict[int, list[Cut]]) -> Finding:

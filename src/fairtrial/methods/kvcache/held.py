@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 try:
@@ -17,6 +17,7 @@ except ImportError as error:
     raise ImportError("caches need an extra: pip install 'fairtrial[llm]'") from error
 
 from fairtrial.methods.arguments import require
+from fairtrial.methods.kvcache.rotary import head_width
 from fairtrial.methods.whole import whole
 
 VERSION = 1
@@ -89,10 +90,13 @@ class HeldCache(Cache):
 
     Attributes:
         settings: what the cache was made with; only one made alike loads what it saved.
+        rotary: the `Rotary` with which its layers take rotary embeddings off and put them on, or None; its cosines are
+            dropped after the last layer.
     """
 
     layers: list[Any]
     settings: dict[str, Any]
+    rotary: Any = None
 
     @property
     def nbytes(self) -> int:
@@ -153,7 +157,10 @@ class HeldCache(Cache):
         for name, states in (("key_states", key_states), ("value_states", value_states)):
             shape = tuple(states.shape)
             require(shape == wanted, name, shape, f"{wanted}: sequences, heads, tokens, channels")
-        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        if self.rotary is not None and layer_idx == len(self.layers) - 1:
+            self.rotary.forget()
+        return keys, values
 
 
 def _check_held(name: str, tensors: Any, groups: list[dict[str, Shape]], sizes: dict[str, int]) -> list[bool]:
@@ -187,8 +194,18 @@ def shape_of(config: Any) -> tuple[int, int, int]:
     kinds = sorted(set(get_layer_types_and_kwargs(config)[0]))
     require(kinds == ["full_attention"], "config", kinds, "of a model with full attention in all layers")
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return config.num_hidden_layers, heads, width
+    return config.num_hidden_layers, heads, head_width(config)
+
+
+def together(x: Float[Tensor, "b h t d"]) -> Float[Tensor, "b t n"]:
+    """A token's heads one after the other."""
+    return x.transpose(1, 2).flatten(2)
+
+
+def apart(x: Float[Tensor, "b t n"], heads: int) -> Float[Tensor, "b {heads} t d"]:
+    """The heads of `together` again."""
+    tokens: Tensor = x.unflatten(-1, (heads, -1))
+    return tokens.transpose(1, 2)
 
 
 def joined(tensors: list[Tensor | None]) -> Tensor:

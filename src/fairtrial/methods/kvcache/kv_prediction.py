@@ -38,7 +38,7 @@ try:
 except ImportError as error:
     raise ImportError("key-value prediction needs an extra: pip install 'fairtrial[llm]'") from error
 
-from fairtrial.methods.kvcache.rotary import turned
+from fairtrial.methods.kvcache.rotary import head_width, turned
 from fairtrial.methods.kvcache.rotated_keys import check_rotated_keys
 from fairtrial.methods.whole import whole
 
@@ -244,7 +244,7 @@ class KVPredictionModel(nn.Module):
         base_dims, aux_dims = widths(base), widths(auxiliary)
         if predictor is None:
             layer_map = default_layer_map(len(base_dims), len(aux_dims))
-            heads = [d // head_width(base) for d in base_dims]
+            heads = [d // head_width(base.config) for d in base_dims]
             predictor = KVPredictor(aux_dims, base_dims, heads, layer_map)
             predictor.to(next(base.parameters()))
         linears: Any = predictor.keys
@@ -352,13 +352,6 @@ def padding_options(input_ids: Tensor, attention_mask: Tensor | None) -> dict[st
     return {"attention_mask": attention_mask, "position_ids": (attention_mask.cumsum(-1) - 1).clamp_min(0)}
 
 
-def head_width(model: Any) -> int:
-    """Channels of a head."""
-    config = model.config
-    width: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return width
-
-
 def widths(model: Any) -> list[int]:
     """Channels of the keys of each layer, all heads together.
 
@@ -426,7 +419,7 @@ def block_sizes(model: Any) -> BlockSizes:
     """Of a causal language model of transformers."""
     layers, heads = model.model.layers, model.config.num_attention_heads
     parameters = sum(p.numel() for p in layers.parameters())
-    return BlockSizes(parameters, (heads * head_width(model),) * len(layers))
+    return BlockSizes(parameters, (heads * head_width(model.config),) * len(layers))
 
 
 def ttft_flops(

@@ -17,6 +17,12 @@ from fairtrial.methods.arguments import require
 KEPT = 2  # ranges of positions whose cosines are kept: new tokens and all tokens
 
 
+def head_width(config: Any) -> int:
+    """Channels of a head."""
+    width: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return width
+
+
 class Rotary:
     """The angles of a model's rotary embeddings.
 
@@ -39,8 +45,7 @@ class Rotary:
             "of a model with the same rotary embeddings in all layers",
         )
         if given["rope_type"] == "default":
-            width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-            width = int(width * (given.get("partial_rotary_factor") or 1.0))
+            width = int(head_width(config) * (given.get("partial_rotary_factor") or 1.0))
             frequencies = 1.0 / given["rope_theta"] ** (torch.arange(0, width, 2).double() / width)
         else:
             frequencies, _ = ROPE_INIT_FUNCTIONS[given["rope_type"]](config, torch.device("cpu"))

@@ -30,7 +30,17 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
 
 from fairtrial.methods.arguments import require
-from fairtrial.methods.kvcache.held import HeldCache, HeldLayer, Shape, check_crop, joined, last_removed, shape_of
+from fairtrial.methods.kvcache.held import (
+    HeldCache,
+    HeldLayer,
+    Shape,
+    apart,
+    check_crop,
+    joined,
+    last_removed,
+    shape_of,
+    together,
+)
 from fairtrial.methods.kvcache.rotary import Rotary
 from fairtrial.methods.kvcache.rotated_keys import TOKENS, TOLERANCE, check_rotated_keys
 from fairtrial.methods.kvcache.watched import decoder_layers, watched
@@ -64,17 +74,6 @@ def check_head_group(head_group: int, heads: int, width: int) -> None:
 def usual_head_group(heads: int) -> int:
     """The authors' 4, or the largest power of two below it that divides the heads."""
     return next(group for group in (4, 2, 1) if heads % group == 0)
-
-
-def together(x: Float[Tensor, "b h t d"]) -> Float[Tensor, "b t n"]:
-    """A token's heads one after the other."""
-    return x.transpose(1, 2).flatten(2)
-
-
-def apart(x: Float[Tensor, "b t n"], heads: int) -> Float[Tensor, "b {heads} t d"]:
-    """The heads of `together` again."""
-    tokens: Tensor = x.unflatten(-1, (heads, -1))
-    return tokens.transpose(1, 2)
 
 
 @torch.no_grad()
@@ -353,7 +352,8 @@ class RotateKVLayer(HeldLayer):
         """All keys as attention needs them: order and rotation undone, rotary embeddings put on."""
         if self.order is not None:
             keys = keys[..., self.order.argsort()]
-        return self.cache.rotary.put_on(rotate_keys(apart(keys, heads), self.cache.head_group))
+        back: Tensor = self.cache.rotary.put_on(rotate_keys(apart(keys, heads), self.cache.head_group))
+        return back
 
     def _restored(self, heads: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Keys and values as attention needs them."""
@@ -480,14 +480,6 @@ class RotateKVCache(HeldCache):
                 layer.found_sinks = sink_tokens(hidden, self.sinks)
 
         return watched(self, layers, see)
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
-        if layer_idx == len(self.layers) - 1:
-            self.rotary.forget()
-        return keys, values
 
     def crop(self, tokens_to_remove: int) -> None:
         super().crop(tokens_to_remove)

@@ -27,7 +27,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fairtrial.methods.arguments import require
-from fairtrial.methods.kvcache.held import HeldCache, HeldLayer, Shape, check_crop, joined, last_removed, shape_of
+from fairtrial.methods.kvcache.held import (
+    HeldCache,
+    HeldLayer,
+    Shape,
+    check_crop,
+    joined,
+    last_removed,
+    shape_of,
+    together,
+)
 from fairtrial.methods.kvcache.rotary import Rotary
 from fairtrial.methods.registry import Categorical, method
 from fairtrial.methods.whole import whole
@@ -72,7 +81,7 @@ def cross_layer_svd(
     require(bool(layers), "layers", len(layers), "at least one")
     shapes = {tuple(layer.shape) for layer in layers}
     require(len(shapes) == 1, "layers", sorted(shapes), "of one shape: as many heads, channels and tokens in each")
-    x = torch.cat([side_by_side(layer) for layer in layers], -1).double()
+    x = torch.cat([together(layer) for layer in layers], -1).double()
     tokens, width = x.shape[1:]
     most = min(tokens, width)
     require(whole(rank, 1, most), "rank", rank, f"a whole number from 1 to {most}")
@@ -113,7 +122,7 @@ def subspace_overlap(x: Float[Tensor, "b h t d"], y: Float[Tensor, "b h t d"], r
     """
     most = min(x.shape[2], x.shape[1] * x.shape[3])
     require(whole(rank, 1, most), "rank", rank, f"a whole number from 1 to {most}")
-    left, right = (torch.linalg.svd(side_by_side(z), full_matrices=False).U[..., :rank] for z in (x, y))
+    left, right = (torch.linalg.svd(together(z), full_matrices=False).U[..., :rank] for z in (x, y))
     overlap: Tensor = (left.mT @ right).square().sum((-2, -1)) / rank
     return overlap
 
@@ -159,11 +168,6 @@ def minicache_merge(
     direction = slerp(x, y, t)
     left, right = (torch.where(kept[..., None], z, direction * z.norm(dim=-1, keepdim=True)) for z in (x, y))
     return left, right, kept
-
-
-def side_by_side(x: Float[Tensor, "b h t d"]) -> Float[Tensor, "b t n"]:
-    """A token's heads one after the other."""
-    return x.transpose(1, 2).flatten(2)
 
 
 class XKVLayer(HeldLayer):
@@ -287,13 +291,5 @@ class XKVCache(HeldCache):
             ranks = rank_k or max(1, share // 8), rank_v or max(1, 3 * share // 16)
             layers += [XKVLayer(group, rotary, *ranks, heads, head_width) for _ in numbers]
         super().__init__(layers=layers)
-        self._rotary = rotary
+        self.rotary = rotary
         self.settings = {"group_size": group_size, "rank_k": rank_k, "rank_v": rank_v, "channels": width}
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
-        if layer_idx == len(self.layers) - 1:
-            self._rotary.forget()
-        return keys, values
