@@ -1,12 +1,13 @@
 """Post-training quantisers of the library and of packages on the small language model, at 2, 3 and 4 bits.
 
-    pip install --target PEERS --no-deps torchao==0.18.0
+    pip install --target PEERS --no-deps torchao==0.18.0 llmcompressor==0.14.0.1 compressed-tensors==0.20.0 \\
+        loguru datasets pyarrow pandas dill xxhash multiprocess accelerate
     OMP_NUM_THREADS=1 python benchmarks/post_training.py PEERS [SEEDS]
 
 All get the same calibration text and groups of 64, and are judged on the same passages, which neither training nor
 calibration has seen; seeds choose both. Printed are the mean bits per byte of text over seeds, the mean rise above the
 model as it is, with the half-width of a 95 % interval, the bits that a weight takes with all that belongs to it, and
-the seconds that quantising takes. HQQ is torchao's.
+the seconds that quantising takes. HQQ is torchao's; GPTQ is the library's and llm-compressor's.
 """
 
 import copy
@@ -48,11 +49,39 @@ class HQQ:
         return PackedLinear(codes.to(torch.uint8), scale.half(), offset.half(), self.bits, layer.bias)
 
 
+@dataclass(frozen=True)
+class CompressorGPTQ:
+    """llm-compressor's GPTQ, beginning with the inputs of largest mean square, on the grid of its observers."""
+
+    bits: int
+
+    wants: ClassVar[frozenset[str]] = frozenset({"hessian"})
+
+    def quantize(self, name: str, layer: nn.Linear, found: Any) -> PackedLinear:
+        from compressed_tensors.quantization import QuantizationArgs
+        from compressed_tensors.quantization.utils import calculate_qparams
+        from llmcompressor.modifiers.gptq.gptq_quantize import quantize_weight
+
+        scheme = {"type": "int", "symmetric": False, "strategy": "group", "actorder": "weight"}
+        options = QuantizationArgs(num_bits=self.bits, group_size=GROUP, **scheme)
+        weight = layer.weight.detach().float()
+        groups = weight.unflatten(1, (-1, GROUP))
+        scale, zero = calculate_qparams(groups.amin(-1), groups.amax(-1), options)
+        scale = scale.half().float()  # in which it is held
+        made, _, _ = quantize_weight(weight[None].clone(), found.hessian[None], scale[None], zero[None], None, options)
+        least = -(2 ** (self.bits - 1)) - zero.float()  # the smallest level is this many scales
+        codes = (made[0].unflatten(1, (-1, GROUP)) / scale[..., None] - least[..., None]).round().flatten(1)
+        return PackedLinear(codes.to(torch.uint8), scale.half(), (least * scale).half(), self.bits, layer.bias)
+
+
 def quantisers(task: TrainedTask) -> dict[str, Callable[[Any], Any]]:
     options = task.slots["quantizer"].options
     own = {name: options[name] for name in options.names()}
     made = {name: lambda setting, o=option: o.factory(**o.bind(setting)) for name, option in own.items()}
-    return made | {"HQQ (torchao)": lambda setting: HQQ(setting.bits)}
+    return made | {
+        "HQQ (torchao)": lambda setting: HQQ(setting.bits),
+        "GPTQ (llm-compressor)": lambda setting: CompressorGPTQ(setting.bits),
+    }
 
 
 def main(peers: Path, seeds: int) -> None:
