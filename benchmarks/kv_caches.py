@@ -59,7 +59,7 @@ def ladders(model: Any) -> dict[str, Callable[[], Iterator[tuple[str, Make]]]]:
 
     def rotate() -> Iterator[tuple[str, Make]]:
         order = calibrate_channel_order(model, calibration)
-        for bits in (2, 3, 4, 8):
+        for bits in (2, 3, 4, 5, 6, 8):
             yield f"{bits} bits", partial(RotateKVCache, config, bits=bits, order=order)
 
     def cskv() -> Iterator[tuple[str, Make]]:
