@@ -64,13 +64,11 @@ def ladders(model: Any) -> dict[str, Callable[[], Iterator[tuple[str, Make]]]]:
 
     def cskv() -> Iterator[tuple[str, Make]]:
         for density in (0.5, 0.7, 0.9):
-            factors = factorize_cskv(model, density, density, calibration)
-            train_cskv(factors, model, calibration, lr=1e-3, steps=100)
             for bits in (4, None):
-                yield (
-                    f"density {density:g}" + (", 4 bits" if bits else ""),
-                    partial(CSKVCache, factors, k_bits=bits, v_bits=bits),
-                )
+                held_in = {"k_bits": bits, "v_bits": bits}
+                factors = factorize_cskv(model, density, density, calibration)
+                train_cskv(factors, model, calibration, lr=1e-3, steps=100, **held_in)
+                yield f"density {density:g}" + (", 4 bits" if bits else ""), partial(CSKVCache, factors, **held_in)
 
     def prefix() -> Iterator[tuple[str, Make]]:
         for share in (0.2, 0.4, 0.6, 0.8, 0.9, 0.95):
