@@ -20,9 +20,8 @@ from fairtrial.report.svg import element, line, picture, shortened, text
 from layout import filled
 from paper_pages import STANDINGS, short_title
 
-_difference = re.compile(
-    r"\b(above(?! [\w ]+'s(?:,|$))|less|gain|fall)\b"
-)  # "loss above the whole cache's" is a quality
+# "loss above the whole cache's" is a quality of what it was measured of, and no difference between two
+_difference = re.compile(r"\b(above(?! [\w ]+'s(?:,|$))|less|gain|fall)\b")
 
 
 @dataclass(frozen=True)
